@@ -1,0 +1,70 @@
+"""llmlab: a workbench for research on fast LLM inference. This file is the public face, nothing else.
+
+import llmlab
+lm = llmlab.load("smollm2")
+result = llmlab.score(lm, llmlab.data.everyday(limit=40))
+llmlab.record(lm, result)
+llmlab.records()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmlab import data as data
+    from llmlab.card import ModelCard as ModelCard
+    from llmlab.data import Prompt as Prompt
+    from llmlab.data import Question as Question
+    from llmlab.decoding.generate import generate as generate
+    from llmlab.errors import InputError as InputError
+    from llmlab.errors import NumericalError as NumericalError
+    from llmlab.measure.record import records as records
+    from llmlab.model import LM as LM
+    from llmlab.model import load as load
+    from llmlab.model import model_card as model_card
+    from llmlab.scoring.perplexity import perplexity as perplexity
+    from llmlab.scoring.score import score as score
+    from llmlab.sharding.plan import plan as plan
+    from llmlab.stats import Metric as Metric
+
+__version__ = "0.1.0"
+
+# Where each public name lives; imported on first use, so that `llmlab --help` does not wait for torch.
+_HOME = {
+    "LM": "llmlab.model",
+    "InputError": "llmlab.errors",
+    "Metric": "llmlab.stats",
+    "ModelCard": "llmlab.card",
+    "NumericalError": "llmlab.errors",
+    "Prompt": "llmlab.data",
+    "Question": "llmlab.data",
+    "generate": "llmlab.decoding.generate",
+    "load": "llmlab.model",
+    "model_card": "llmlab.model",
+    "perplexity": "llmlab.scoring.perplexity",
+    "plan": "llmlab.sharding.plan",
+    "records": "llmlab.measure.record",
+    "score": "llmlab.scoring.score",
+}
+__all__ = [*sorted(_HOME), "__version__", "data", "record"]
+
+
+def record(lm: LM, result: Any, **how: Any) -> Any:
+    """Append the Record of a result on a model to data/runs/ and return it; `how` as in `measure.record.describe`."""
+    from llmlab.measure.record import append, describe
+
+    return append(describe(lm, result, **how))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "data":
+        return importlib.import_module("llmlab.data")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'llmlab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,212 @@
+"""One function a figure: numbers in, Figure out, drawn in one style."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from llmlab.measure.roofline import Peaks
+from llmlab.paths import PACKAGE, atomic, home
+from llmlab.stats import Metric
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+STYLE = PACKAGE / "lab" / "llmlab.mplstyle"
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6E6E6E"
+GROUP_COLOURS = {
+    "MLP": "#0072B2",
+    "attention projections": "#56B4E9",
+    "attention core": "#D55E00",
+    "output head": "#009E73",
+    "embedding": "#CC79A7",
+    "norms and the rest": "#8C8C8C",
+}
+
+
+def style() -> contextlib.AbstractContextManager[Any]:
+    """The look of every figure, for figures of your own: `with figures.style(): ...`."""
+    return plt.style.context(STYLE)
+
+
+def save(figure: Figure, name: str, alt: str, folder: Path | None = None) -> Path:
+    """Write figures/NAME.png (200 dpi) and NAME.svg, each whole or not at all; the alt text goes into their metadata.
+
+    Returns the path of the PNG.
+    """
+    folder = folder or home() / "figures"
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "savefig.dpi": 200}):
+        for suffix in ("svg", "png"):
+            metadata = {"Title": name, "Description": alt} | ({"Date": None} if suffix == "svg" else {})
+            with atomic(folder / f"{name}.{suffix}") as path:
+                figure.savefig(path, metadata=metadata)
+    return folder / f"{name}.png"
+
+
+def show(figure: Figure, name: str, alt: str) -> Any:
+    """Save a figure and return it as an image that carries its alt text into notebooks and reports."""
+    from IPython.display import Image
+
+    path = save(figure, name, alt)
+    width = round(figure.get_figwidth() * 100)
+    plt.close(figure)
+    return Image(data=path.read_bytes(), format="png", width=width, alt=alt)
+
+
+def accuracies(results: dict[str, dict[str, Metric]], chance: float, title: str) -> Figure:
+    """Accuracies with their 95 % intervals, one group of dots a metric, one colour a variant.
+
+    Args:
+        results: variant -> metric name -> share with interval.
+        chance: accuracy of guessing, drawn as a line.
+        title: the figure's message.
+    """
+    with style():
+        figure, axes = plt.subplots(figsize=(7, 1.6 + 0.5 * len(results) * len(next(iter(results.values()))) ** 0.5))
+        names = list(next(iter(results.values())))
+        for index, (variant, metrics) in enumerate(results.items()):
+            offset = (index - (len(results) - 1) / 2) * 0.24
+            y = np.arange(len(names)) + offset
+            values = [metrics[name].value * 100 for name in names]
+            spread = [
+                [(metrics[n].value - (metrics[n].low or 0)) * 100 for n in names],
+                [((metrics[n].high or 0) - metrics[n].value) * 100 for n in names],
+            ]
+            marker = "osD^v"[index % 5]
+            axes.errorbar(values, y, xerr=spread, fmt=marker, capsize=3, label=variant)
+            for value, height in zip(values, y, strict=True):
+                axes.annotate(f"{value:.1f}", (value, height), (0, 6), textcoords="offset points", ha="center", size=8)
+        axes.axvline(chance * 100, color=GREY, linestyle="--", linewidth=1)
+        axes.text(chance * 100, -0.55, " guessing", color=GREY, va="bottom", size=9)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlabel("right answers (%), bars: 95 % Wilson interval")
+        axes.grid(axis="y", visible=False)
+        axes.set_title(title)
+        if len(results) > 1:
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def throughput(table: pd.DataFrame, title: str) -> Figure:
+    """Tokens/s of one forward pass over its number of tokens, log-log, with intervals; a line per dtype.
+
+    Args:
+        table: columns `tokens`, `dtype`, `seconds`, `low`, `high` (seconds of the pass with their interval).
+        title: the figure's message.
+    """
+    with style():
+        figure, axes = plt.subplots()
+        for (dtype, rows), colour, marker in zip(
+            table.groupby("dtype", sort=False), (BLUE, ORANGE), "os", strict=False
+        ):
+            rate = rows["tokens"] / rows["seconds"]
+            spread = [rate - rows["tokens"] / rows["high"], rows["tokens"] / rows["low"] - rate]
+            axes.errorbar(rows["tokens"], rate, yerr=spread, marker=marker, color=colour, capsize=3)
+            _label_end(axes, rows["tokens"].iloc[-1], rate.iloc[-1], str(dtype), colour)
+            alone = rate.iloc[0]
+            axes.plot(rows["tokens"], alone * rows["tokens"], color=colour, linestyle=":", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_ylim(top=float((table["tokens"] / table["low"]).max()) * 3)
+        ticks = sorted(table["tokens"].unique())
+        axes.set_xticks(ticks, [str(t) for t in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("tokens in one forward pass")
+        axes.set_ylabel("tokens per second")
+        axes.text(
+            0.03,
+            0.95,
+            "dotted: if every further token were free",
+            transform=axes.transAxes,
+            color=GREY,
+            size=9,
+            va="top",
+        )
+        axes.set_title(title)
+    return figure
+
+
+def module_shares(tables: dict[str, pd.DataFrame], title: str) -> Figure:
+    """Share of time by kind of module, one stacked bar a phase.
+
+    Args:
+        tables: phase ("prefill", "decode") -> columns `group`, `share`, `seconds`, from measure.profile.
+        title: the figure's message.
+    """
+    with style():
+        figure, axes = plt.subplots(figsize=(7, 1.5 + 0.75 * len(tables)))
+        for row, table in enumerate(tables.values()):
+            left = 0.0
+            shares = table.set_index("group")["share"] * 100
+            for group, colour in GROUP_COLOURS.items():
+                width = float(shares.get(group, 0.0))
+                axes.barh(row, width, left=left, color=colour, edgecolor="white", height=0.62)
+                if width >= 4:
+                    axes.text(left + width / 2, row, f"{width:.0f}", ha="center", va="center", color="white", size=9)
+                left += width
+        seconds = [table["seconds"].sum() * 1000 for table in tables.values()]
+        labels = [f"{phase}\n{ms:,.0f} ms" for phase, ms in zip(tables, seconds, strict=True)]
+        axes.set_yticks(range(len(tables)), labels)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("share of the forward pass (%)")
+        axes.grid(visible=False)
+        handles = [Patch(color=colour) for colour in GROUP_COLOURS.values()]
+        figure.legend(handles, GROUP_COLOURS, loc="outside lower center", ncols=3, fontsize=9)
+        axes.set_title(title)
+    return figure
+
+
+def roofline(peaks: Sequence[Peaks], points: pd.DataFrame, title: str) -> Figure:
+    """The measured roofline of a device with what was reached under it.
+
+    Args:
+        peaks: one per dtype.
+        points: columns `label`, `dtype`, `intensity` (FLOP/byte), `flops` (FLOP/s).
+        title: the figure's message.
+    """
+    with style():
+        figure, axes = plt.subplots(figsize=(7, 4.4))
+        low = min(0.1, float(points["intensity"].min()) / 2)
+        high = max(float(points["intensity"].max()) * 4, max(p.ridge for p in peaks) * 8)
+        x = np.geomspace(low, high, 200)
+        for peak, colour, marker in zip(peaks, (BLUE, ORANGE, GREEN), "osD", strict=False):
+            axes.plot(x, [peak.attainable(i) / 1e9 for i in x], color=colour)
+            axes.text(
+                high, peak.flops.value / 1e9, f"{peak.dtype}: {peak.flops.value / 1e9:,.0f} GFLOP/s ", color=colour,
+                ha="right", va="bottom", size=9,
+            )  # fmt: skip
+            mine = points[points["dtype"] == peak.dtype]
+            axes.plot(mine["intensity"], mine["flops"] / 1e9, marker, color=colour, markeredgecolor="white")
+            for _, point in mine.iterrows():
+                share = point["flops"] / peak.attainable(point["intensity"])
+                axes.annotate(
+                    f"{point['label']} ({share:.0%})", (point["intensity"], point["flops"] / 1e9), (8, -4),
+                    textcoords="offset points", size=8, va="top", color=colour,
+                )  # fmt: skip
+        first = peaks[0]
+        axes.text(
+            low * 1.1, first.attainable(low * 1.1) / 1e9 * 1.6, f"memory: {first.bandwidth.value / 1e9:.0f} GB/s",
+            color=GREY, size=9, rotation=0,
+        )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(low, high)
+        axes.set_xlabel("arithmetic intensity (FLOP per byte of weights read)")
+        axes.set_ylabel("GFLOP/s")
+        axes.set_title(title)
+    return figure
+
+
+def _label_end(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
+    axes.annotate(text, (x, y), (8, 0), textcoords="offset points", color=colour, va="center", weight="bold")

@@ -1,0 +1,1 @@
+"""Clocks, peaks, profiles and records."""

@@ -1,0 +1,87 @@
+"""Fair clocks: warm-up, interleaved repeats, medians with intervals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llmlab.stats import Metric, median_interval
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall-clock seconds of every repeat of one candidate, warm-up left out."""
+
+    name: str
+    seconds: list[float]
+    warmup: int
+
+    @property
+    def median(self) -> Metric:
+        """Median seconds with its bootstrap 95 % interval."""
+        value, low, high = median_interval(self.seconds)
+        return Metric(value, "s", low, high)
+
+
+def synchronize() -> None:
+    """Wait until the GPUs have done all that was asked of them; nothing to wait for on CPU."""
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(index)
+
+
+def compare(
+    candidates: dict[str, Callable[[], object]],
+    *,
+    warmup: int = 1,
+    min_runs: int = 5,
+    min_seconds: float = 0.0,
+    max_runs: int = 1000,
+) -> dict[str, Timing]:
+    """Time several candidates side by side.
+
+    Each round runs every candidate once, in an order that turns by one from round to round, so that a machine that
+    slows down or a neighbour that wakes up hits all of them alike. Rounds go on until each candidate has `min_runs`
+    *and* `min_seconds` of measured time, or `max_runs`.
+
+    Args:
+        candidates: name to function; what it returns is dropped.
+        warmup: rounds that are run first and not counted.
+        min_runs: at least this many counted rounds, >= 1.
+        min_seconds: at least this much measured time for each candidate.
+        max_runs: the bound on rounds.
+    """
+    if not candidates or min_runs < 1 or max_runs < min_runs or warmup < 0:
+        raise ValueError("compare needs candidates, warmup >= 0 and 1 <= min_runs <= max_runs")
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + max_runs):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            synchronize()
+            begin = time.perf_counter()
+            candidates[name]()
+            synchronize()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - begin)
+        runs = turn + 1 - warmup
+        if runs >= min_runs and min(map(sum, seconds.values())) >= min_seconds:
+            break
+    return {name: Timing(name, seconds[name], warmup) for name in names}
+
+
+def speedup(baseline: Timing, candidate: Timing, *, draws: int = 2000, seed: int = 0) -> Metric:
+    """How many times faster `candidate` is: ratio of medians, with a 95 % interval from resampling whole rounds.
+
+    Both must come from one `compare`: rounds are paired, so noise that hits a round cancels in its ratio.
+    """
+    if len(baseline.seconds) != len(candidate.seconds):
+        raise ValueError("a speedup needs two timings of the same rounds")
+    a, b = np.array(baseline.seconds), np.array(candidate.seconds)
+    rounds = np.random.default_rng(seed).integers(len(a), size=(draws, len(a)))
+    ratios = np.median(a[rounds], axis=1) / np.median(b[rounds], axis=1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return Metric(float(np.median(a) / np.median(b)), "x", float(low), float(high))

@@ -1,0 +1,143 @@
+"""What a number was measured on: hardware, libraries, code version. Also what `llmlab doctor` prints."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from llmlab import __version__
+from llmlab.errors import InputError
+from llmlab.paths import PACKAGE
+from llmlab.sources import BUILTIN, resolve
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "numpy", "pandas")
+OPTIONAL = (
+    "gguf", "datasets", "bitsandbytes", "triton", "gptqmodel", "lm_eval", "ray", "papermill", "nbconvert", "matplotlib"
+)  # fmt: skip
+
+
+def versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
+    """Installed versions by package name; packages that are not installed are left out."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """The checkout's commit, with "+changes" when tracked files differ from it; None outside a checkout."""
+    git = shutil.which("git")
+    if git is None or not (PACKAGE.parent / ".git").exists():
+        return None
+
+    def output(*arguments: str) -> str | None:
+        done = subprocess.run([git, *arguments], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = output("rev-parse", "--short=12", "HEAD")
+    return f"{commit}+changes" if commit and output("status", "--porcelain", "--untracked-files=no") else commit
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor's marketing name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, not the machine's size."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Every CUDA device: name, compute capability, memory in bytes."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        found.append({"name": properties.name, "capability": capability, "memory": properties.total_memory})
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """The machine, as it goes into every record."""
+    return {
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": usable_cores(),
+        "memory": psutil.virtual_memory().total,
+        "gpus": gpus(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def kernels() -> list[tuple[str, bool, str]]:
+    """Every kernel llmlab can use: (what, usable here, why or why not)."""
+    cards = gpus()
+    capability = min((tuple(map(int, card["capability"].split("."))) for card in cards), default=None)
+    no_gpu = "no CUDA device"
+    bf16_gpu = capability is not None and capability >= (8, 0)
+    have = versions(OPTIONAL)
+    avx512_bf16 = _cpu_flag("avx512_bf16") or _cpu_flag("amx_bf16")
+    return [
+        ("fp32 matmul, CPU", True, f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
+        ("bf16 matmul, CPU", True, "native" if avx512_bf16 else "runs, but without AVX512-BF16 or AMX it is slow"),
+        ("int4 packed matmul, CPU", hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"), "torch, bf16 activations"),
+        ("int8 packed matmul, CPU", hasattr(torch.ops.aten, "_weight_int8pack_mm"), "torch, bf16 activations"),
+        ("bf16 matmul, GPU", bf16_gpu, _why(capability, (8, 0)) if cards else no_gpu),
+        ("int4 packed matmul, GPU", bf16_gpu, _why(capability, (8, 0)) if cards else no_gpu),
+        ("Triton kernels", bool(cards) and "triton" in have, "package triton" if cards else no_gpu),
+        ("bitsandbytes int8, nf4", "bitsandbytes" in have, _or_install(have.get("bitsandbytes"), "gpu")),
+        ("GGUF files", "gguf" in have, _or_install(have.get("gguf"), "demo")),
+    ]
+
+
+def inventory() -> dict[str, Any]:
+    """Everything a bug report needs, ready for JSON: llmlab, hardware, libraries, built-in model, kernels."""
+    installed = versions(LIBRARIES + OPTIONAL)
+    try:
+        model = {"found": True, "where": Path(resolve(BUILTIN).location).name}
+    except InputError as error:
+        model = {"found": False, "where": str(error)}
+    return {
+        "llmlab": __version__,
+        "commit": git_commit(),
+        "hardware": hardware(),
+        "libraries": {name: installed.get(name) for name in LIBRARIES + OPTIONAL},
+        "builtin_model": model,
+        "kernels": [{"kernel": what, "usable": usable, "reason": why} for what, usable, why in kernels()],
+    }
+
+
+def _why(capability: tuple[int, ...] | None, needed: tuple[int, int]) -> str:
+    if capability is None:
+        return "no CUDA device"
+    text = f"compute capability {'.'.join(map(str, capability))}"
+    return text if capability >= needed else f"{text}, needs {needed[0]}.{needed[1]}"
+
+
+def _or_install(version: str | None, extra: str) -> str:
+    return version or f"not installed: pip install 'llmlab[{extra}]'"
+
+
+def _cpu_flag(flag: str) -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and flag in cpuinfo.read_text().split()

@@ -1,0 +1,202 @@
+"""Records: one row per measurement, appended durably, read back as a DataFrame."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import uuid
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import pandas as pd
+import torch
+from filelock import FileLock
+
+from llmlab.errors import InputError
+from llmlab.measure.environment import git_commit, hardware, versions
+from llmlab.model import LM
+from llmlab.paths import check_writable, home
+from llmlab.stats import Metric
+
+SCHEMA = 1
+
+
+class Result(Protocol):
+    """What score, perplexity and generate return, as far as a record needs it."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def data(self) -> str: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def protocol(self) -> str: ...
+    def metrics(self) -> dict[str, Metric]: ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement with everything needed to trust and repeat it.
+
+    Attributes:
+        task: what was measured ("hellaswag", "perplexity", "generate", ...).
+        metrics: name to value with unit and interval.
+        n: items, tokens or prompts behind the metrics.
+        model, revision, transformation: what ran.
+        track: "exact" (the model's own arithmetic) or "open" (accuracy may pay for speed).
+        baseline: id of the record that ratios refer to, if any.
+        seed, warmup, repeats: of the measurement; repeats 1 means one run, no spread.
+        data: fingerprint or name of the data; protocol: how it was measured, in one line.
+    """
+
+    task: str
+    metrics: dict[str, Metric]
+    n: int
+    model: str
+    revision: str | None
+    transformation: str
+    dtype: str
+    device: str
+    threads: int
+    track: Literal["exact", "open"]
+    protocol: str
+    data: str
+    seed: int | None = None
+    warmup: int = 0
+    repeats: int = 1
+    baseline: str | None = None
+    hardware: dict[str, Any] = field(default_factory=hardware)
+    libraries: dict[str, str] = field(default_factory=versions)
+    commit: str | None = field(default_factory=git_commit)
+    time: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    schema: int = SCHEMA
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+def describe(
+    lm: LM,
+    result: Result,
+    *,
+    seed: int | None = None,
+    warmup: int = 0,
+    repeats: int = 1,
+    baseline: str | None = None,
+) -> Record:
+    """The Record of a result on a model. Untransformed weights are the exact track, anything else the open track."""
+    return Record(
+        task=result.task,
+        metrics=result.metrics(),
+        n=result.n,
+        model=lm.name,
+        revision=lm.revision,
+        transformation=lm.transformation,
+        dtype=lm.dtype,
+        device=_device_name(lm.device),
+        threads=torch.get_num_threads(),
+        track="exact" if lm.transformation == "none" else "open",
+        protocol=result.protocol,
+        data=result.data,
+        seed=seed if seed is not None else getattr(result, "seed", None),
+        warmup=warmup,
+        repeats=repeats,
+        baseline=baseline,
+    )
+
+
+def runs_file() -> Path:
+    """Where records go unless said otherwise: data/runs/records.jsonl of the lab's home."""
+    return home() / "data" / "runs" / "records.jsonl"
+
+
+def check_store(path: Path | None = None) -> Path:
+    """Prove that records can be written before the measurement is made. Raises InputError."""
+    path = path or runs_file()
+    check_writable(path.parent)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise InputError(f"cannot append to {path}: make it writable, or set LLMLAB_HOME to another folder.")
+    return path
+
+
+def append(record: Record, path: Path | None = None) -> Record:
+    """Append a record as one line of JSON, whole and on disk when this returns. Safe among processes.
+
+    A line that an earlier crash left torn is closed first, so that it spoils nothing else. If the disk is full the
+    half-written line is taken back, every earlier record stays, and the error is raised.
+    """
+    path = check_store(path)
+    line = json.dumps(record.as_dict(), allow_nan=False).encode() + b"\n"
+    with FileLock(f"{path}.lock"), path.open("ab") as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if end and not _ends_with_newline(path):
+                file.write(b"\n")
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, end)
+            raise
+    return record
+
+
+def read_records(path: Path | None = None) -> list[dict[str, Any]]:
+    """All records of a store, oldest first. Lines that are torn or of a newer schema are reported and skipped."""
+    path = path or runs_file()
+    if not path.exists():
+        return []
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if row["schema"] > SCHEMA:
+                raise ValueError(f"its schema {row['schema']} is newer than {SCHEMA}")
+            found.append(row)
+        except (ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"{path}, line {number} is no whole record and was skipped: {error}", stacklevel=2)
+    return found
+
+
+def records(path: Path | None = None) -> pd.DataFrame:
+    """Every record as a row, oldest first.
+
+    A metric `acc` becomes the columns `acc`, `acc_low`, `acc_high` (95 % interval, where there is one); units stand
+    in `DataFrame.attrs["units"]`.
+    """
+    rows, units = [], {}
+    for record in read_records(path):
+        row = {name: record.get(name) for name in _COLUMNS}
+        row["gpu"] = ", ".join(gpu["name"] for gpu in record["hardware"]["gpus"]) or None
+        row["cpu"] = record["hardware"]["cpu"]
+        for name, metric in record["metrics"].items():
+            row[name] = metric["value"]
+            units[name] = metric["unit"]
+            if metric["low"] is not None:
+                row[f"{name}_low"], row[f"{name}_high"] = metric["low"], metric["high"]
+        rows.append(row)
+    frame = pd.DataFrame(rows, columns=None if rows else [*_COLUMNS, "gpu", "cpu"])
+    frame["time"] = pd.to_datetime(frame["time"], utc=True)
+    frame.attrs["units"] = units
+    return frame
+
+
+_COLUMNS = [f.name for f in fields(Record) if f.name not in ("metrics", "hardware", "libraries", "schema")]
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

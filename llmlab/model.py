@@ -1,0 +1,265 @@
+"""LM: a model, its tokenizer and its card; load() gets one from anywhere."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmlab.card import ModelCard, card_from_config
+from llmlab.errors import InputError
+from llmlab.gguf import as_safetensors, read_gguf
+from llmlab.sources import Source, fingerprint, read_config, resolve, shape_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
+BITSANDBYTES = ("int8", "nf4")
+
+
+@dataclass
+class LM:
+    """A decoder-only language model ready to run.
+
+    Attributes:
+        model: the transformers model, in eval mode, on its device.
+        tokenizer: its tokenizer; None for random weights.
+        card: sizes and costs, from the config.
+        name: what load() was asked for.
+        revision: Hub commit, or a fingerprint of the local files.
+        transformation: what was done to the weights ("none", "bitsandbytes-nf4", ...).
+    """
+
+    model: Any
+    tokenizer: Any
+    card: ModelCard
+    name: str
+    revision: str | None = None
+    transformation: str = "none"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input ids go."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]  # transformers is untyped
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the activations: "fp32", "bf16" or "fp16"."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.model.dtype)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that the weights occupy now, packed ones as packed; tied tensors count once."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, with the special tokens that this tokenizer adds by itself."""
+        return list(self._tokenizer().encode(text))
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self._tokenizer().decode(ids, skip_special_tokens=True))
+
+    def chat(self, prompt: str) -> str:
+        """The prompt as one user turn in this model's chat template.
+
+        Raises InputError if the model has no chat template.
+        """
+        tokenizer = self._tokenizer()
+        if not tokenizer.chat_template:
+            raise InputError(f"{self.name} has no chat template: generate from the plain prompt instead.")
+        turn = [{"role": "user", "content": prompt}]
+        return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise InputError(f"{self.name} has random weights and no tokenizer: give token ids, or load a real model.")
+        return self.tokenizer
+
+
+def load(
+    name: str,
+    *,
+    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    bitsandbytes: str | None = None,
+    layers: int | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LM:
+    """Load a model for inference.
+
+    Args:
+        name: "smollm2" (built in), a Hub id ("facebook/opt-30b"), a folder, a .gguf file, or "random:llama-30b" for a
+            shipped shape with random weights (speed work).
+        dtype: "fp32", "bf16" or "fp16"; by default fp32 on CPU, bf16 on CUDA from compute capability 8.0, fp16 below.
+        device: "cpu", "cuda", "cuda:1"...; by default CUDA where there is a GPU.
+        bitsandbytes: "int8" (LLM.int8(), arXiv 2208.07339) or "nf4" (QLoRA, arXiv 2305.14314), quantized at load.
+        layers: keep this many decoder layers; for random weights only.
+        seed: of the random weights.
+        revision: Hub branch, tag or commit.
+        trust_remote_code: run code that comes with a Hub model; off unless asked.
+
+    Raises:
+        InputError: before any weight is read, if the name, a file, the dtype, the device or an option is unusable.
+    """
+    where = check_device(device)
+    dtype = check_dtype(dtype, where)
+    _check_bitsandbytes(bitsandbytes)
+    source = resolve(name, revision=revision)
+    if layers is not None and (source.kind != "random" or layers < 1):
+        raise InputError(f"layers={layers}: a positive number of layers can be kept of random:SHAPE models only.")
+    if source.kind == "random" and bitsandbytes:
+        raise InputError("bitsandbytes quantizes at load: random weights are not loaded, choose a real model.")
+    config = read_config(source, revision=revision, trust_remote_code=trust_remote_code)
+    if layers is not None:
+        config.num_hidden_layers = layers
+    card = card_from_config(config, name, dtype)
+    if source.kind == "random":
+        return LM(_random_model(config, dtype, where, seed), None, card, name, revision=f"seed:{seed}")
+    with _quiet_unless_large(card):
+        model = _read_weights(source, dtype, where, bitsandbytes, revision, trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            **source.transformers_args, revision=revision, trust_remote_code=trust_remote_code
+        )
+    return LM(
+        model.eval().requires_grad_(False),
+        tokenizer,
+        card,
+        name,
+        revision=getattr(config, "_commit_hash", None) or fingerprint(source),
+        transformation=f"bitsandbytes-{bitsandbytes}" if bitsandbytes else "none",
+    )
+
+
+def model_card(name: str, *, dtype: str = "fp16") -> ModelCard:
+    """The card of a model by name, from its config alone: no weight is read, shipped shapes need no network.
+
+    Raises InputError if the name means nothing.
+    """
+    dtype = check_dtype(dtype, torch.device("cpu"))
+    config = shape_config(name.removeprefix("random:"))
+    return card_from_config(config if config is not None else read_config(resolve(name)), name, dtype)
+
+
+def check_dtype(dtype: str | None, device: torch.device) -> str:
+    """A dtype's short name; chosen for the device when None. Raises InputError for an unknown one."""
+    if dtype is None:
+        if device.type != "cuda":
+            return "fp32"
+        # Volta and Turing have no bf16 arithmetic: on them it would run, emulated and slow.
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    short = DTYPE_ALIASES.get(dtype, dtype)
+    if short not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
+    return short
+
+
+def check_device(device: str | torch.device | None) -> torch.device:
+    """The torch device meant; CUDA where there is a GPU when None. Raises InputError for one that is not here."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"unknown device {device!r}: choose cpu, cuda or cuda:N.") from None
+    if found.type not in ("cpu", "cuda"):
+        raise InputError(f"unsupported device {device!r}: choose cpu, cuda or cuda:N.")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"there is no device {device!r} here: torch sees {torch.cuda.device_count()} GPUs.")
+    return found
+
+
+def _check_bitsandbytes(method: str | None) -> None:
+    if method is None:
+        return
+    if method not in BITSANDBYTES:
+        raise InputError(f"unknown bitsandbytes method {method!r}: choose one of {', '.join(BITSANDBYTES)}.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("bitsandbytes is not installed: run pip install 'llmlab[gpu]'.")
+
+
+def _read_weights(
+    source: Source, dtype: str, device: torch.device, bitsandbytes: str | None, revision: str | None, trust: bool
+) -> Any:
+    if source.kind == "gguf" and not bitsandbytes:
+        return read_gguf(source, DTYPES[dtype], device)
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "device_map": {"": device}, "use_safetensors": True}
+    if bitsandbytes:
+        options["quantization_config"] = _bitsandbytes_config(bitsandbytes, dtype)
+        if source.kind == "gguf":  # transformers quantizes safetensors only
+            source = Source(source.name, "folder", str(as_safetensors(source)))
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            **source.transformers_args, revision=revision, trust_remote_code=trust, **options
+        )
+    except OSError as error:
+        # The config was readable, so what is missing are weights in the one format that cannot run code.
+        raise InputError(
+            f"{source.location} has no readable safetensors weights, and llmlab unpickles nothing: convert them with "
+            f"transformers' save_pretrained first ({' '.join(str(error).split())[:160]})."
+        ) from error
+
+
+def _bitsandbytes_config(method: str, dtype: str) -> Any:
+    if method == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    # Double quantization also avoids a bug of bitsandbytes 0.50.2 on CPUs with AVX512-BF16, where a state_dict()
+    # after a forward pass corrupts plain nf4 scales.
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+    )
+
+
+def _random_model(config: Any, dtype: str, device: torch.device, seed: int) -> Any:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet_unless_large(card: ModelCard) -> Iterator[None]:
+    """Transformers' loading bars only for models that take long; they would leave clutter in reports."""
+    if card.bytes >= 4e9:
+        yield
+        return
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    silent = functools.partial(tqdm, disable=True)  # the GGUF reader has a bar of its own that no setting turns off
+    try:
+        with mock.patch("transformers.modeling_gguf_pytorch_utils.tqdm", silent):
+            yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+class _Once(logging.Filter):
+    """Lets each message of a logger through once: bitsandbytes repeats one warning per Linear and forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        new = str(record.msg) not in self.seen
+        self.seen.add(str(record.msg))
+        return new
+
+
+logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())

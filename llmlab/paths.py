@@ -1,0 +1,57 @@
+"""Where llmlab keeps things: the checkout, or the folder named by LLMLAB_HOME."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmlab.errors import InputError
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def home() -> Path:
+    """The folder of data/, figures/ and report/: LLMLAB_HOME, else the checkout, else the current folder."""
+    if configured := os.environ.get("LLMLAB_HOME"):
+        return Path(configured).expanduser()
+    checkout = PACKAGE.parent
+    return checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
+
+
+def builtin_data(name: str) -> Path:
+    """A data file of this project: in a wheel beside the package, in a checkout under data/."""
+    installed = PACKAGE / "builtin" / name
+    return installed if installed.exists() else PACKAGE.parent / "data" / name
+
+
+def check_writable(folder: Path) -> Path:
+    """Create `folder` if it is missing and prove that a file can be written there; return it.
+
+    Raises InputError before the expensive work, not after it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot write to the folder {folder} ({error.strerror}): choose another one or make it writable."
+        ) from None
+    return folder
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the name of `path` only when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

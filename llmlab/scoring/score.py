@@ -1,0 +1,166 @@
+"""score(): questions in, predictions and accuracies out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmlab.data import Question, fingerprint
+from llmlab.errors import InputError
+from llmlab.model import LM
+from llmlab.progress import progress
+from llmlab.scoring.encode import Sequence, encode
+from llmlab.scoring.reference import log_probs as reference_log_probs
+from llmlab.stats import Metric, proportion
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """Scores of N questions.
+
+    Attributes:
+        log_probs: log-probability of each ending given its context, in nats: N lists, one value an ending.
+        predictions: the most probable ending (acc).
+        predictions_norm: the same after division by the ending's characters (acc_norm, as lm-evaluation-harness).
+        predictions_norm_token: the same after division by the ending's tokens (acc_norm_token).
+        labels: the right endings.
+        tokens: tokens that went through the model, padding left out.
+        seconds_inference: forward passes, from the first batch to the last result.
+        seconds_total: the same with tokenization and metrics; loading the model is not in it.
+    """
+
+    task: str
+    data: str
+    log_probs: list[list[float]]
+    predictions: list[int]
+    predictions_norm: list[int]
+    predictions_norm_token: list[int]
+    labels: list[int]
+    tokens: int
+    batch_size: int
+    seconds_inference: float
+    seconds_total: float
+
+    @property
+    def n(self) -> int:
+        """Number of questions."""
+        return len(self.labels)
+
+    @property
+    def acc(self) -> Metric:
+        """Share of right answers by the sum of log-probabilities, with Wilson's 95 % interval."""
+        return self._accuracy(self.predictions)
+
+    @property
+    def acc_norm(self) -> Metric:
+        """Accuracy with log-probabilities per character."""
+        return self._accuracy(self.predictions_norm)
+
+    @property
+    def acc_norm_token(self) -> Metric:
+        """Accuracy with log-probabilities per token."""
+        return self._accuracy(self.predictions_norm_token)
+
+    def _accuracy(self, predictions: list[int]) -> Metric:
+        return proportion([p == label for p, label in zip(predictions, self.labels, strict=True)])
+
+    @property
+    def protocol(self) -> str:
+        """How the numbers came about, in one line."""
+        return (
+            "log p(ending | context), text rules and split as lm-evaluation-harness; reference path, "
+            f"longest first, batch size {self.batch_size}"
+        )
+
+    def metrics(self) -> dict[str, Metric]:
+        """The measurements with their units, for a Record."""
+        return {
+            "acc": self.acc,
+            "acc_norm": self.acc_norm,
+            "acc_norm_token": self.acc_norm_token,
+            "seconds_inference": Metric(self.seconds_inference, "s"),
+            "seconds_total": Metric(self.seconds_total, "s"),
+            "questions_per_second": Metric(self.n / self.seconds_inference, "1/s"),
+            "tokens_per_second": Metric(self.tokens / self.seconds_inference, "token/s"),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        accuracies = {"acc": self.acc, "acc_norm": self.acc_norm, "acc_norm_token": self.acc_norm_token}
+        return {
+            "task": self.task,
+            "n": self.n,
+            **{name: metric.value for name, metric in accuracies.items()},
+            **{f"{name}_interval": [metric.low, metric.high] for name, metric in accuracies.items()},
+            "predictions": self.predictions,
+            "predictions_norm": self.predictions_norm,
+            "predictions_norm_token": self.predictions_norm_token,
+            "labels": self.labels,
+            "log_probs": self.log_probs,
+            "tokens": self.tokens,
+            "seconds_inference": self.seconds_inference,
+            "seconds_total": self.seconds_total,
+            "protocol": self.protocol,
+            "data": self.data,
+        }
+
+
+def score(lm: LM, questions: list[Question], *, batch_size: int = 8) -> ScoreResult:
+    """Score multiple-choice questions. Exact: the plain model's arithmetic on every ending.
+
+    Args:
+        lm: the model.
+        questions: from `llmlab.data`, or your own.
+        batch_size: sequences a forward pass.
+
+    Raises:
+        InputError: nothing to score, or a question that does not fit (see `encode`).
+        NumericalError: a log-probability is not finite.
+    """
+    if not questions:
+        raise InputError("there are no questions to score: give at least one.")
+    if batch_size < 1:
+        raise InputError(f"batch size {batch_size}: give a positive number.")
+    begin = time.perf_counter()
+    sequences = encode(lm, questions)
+    table: list[list[float]] = [[float("nan")] * len(q.endings) for q in questions]
+    with progress(len(sequences), f"scoring {questions[0].source}", "ending") as bar:
+        answered: list[bool] = []
+
+        def show(batch: list[Sequence], values: list[float]) -> None:
+            for sequence, value in zip(batch, values, strict=True):
+                row = table[sequence.question]
+                row[sequence.ending] = value
+                if not any(map(np.isnan, row)):
+                    answered.append(int(np.argmax(row)) == questions[sequence.question].label)
+            if answered:
+                bar.set_postfix_str(f"acc {sum(answered) / len(answered):.3f} of {len(answered)}", refresh=False)
+            bar.update(len(batch))
+
+        begin_inference = time.perf_counter()
+        reference_log_probs(lm, sequences, batch_size=batch_size, on_batch=show)
+        end_inference = time.perf_counter()
+    characters = [[len(e) for e in q.endings] for q in questions]
+    tokens: list[list[int]] = [[0] * len(q.endings) for q in questions]
+    for sequence in sequences:
+        tokens[sequence.question][sequence.ending] = sequence.n_ending
+    return ScoreResult(
+        task=questions[0].source,
+        data=fingerprint(questions),
+        log_probs=table,
+        predictions=[int(np.argmax(row)) for row in table],
+        predictions_norm=[_argmax_per(row, length) for row, length in zip(table, characters, strict=True)],
+        predictions_norm_token=[_argmax_per(row, length) for row, length in zip(table, tokens, strict=True)],
+        labels=[q.label for q in questions],
+        tokens=sum(len(s.ids) for s in sequences),
+        batch_size=batch_size,
+        seconds_inference=end_inference - begin_inference,
+        seconds_total=time.perf_counter() - begin,
+    )
+
+
+def _argmax_per(values: list[float], lengths: list[int]) -> int:
+    return int(np.argmax(np.array(values) / np.array(lengths, dtype=np.float64)))

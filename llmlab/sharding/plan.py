@@ -1,0 +1,219 @@
+"""What fits where: memory of every layout of data x tensor x pipeline parallelism."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+
+from llmlab.card import ModelCard
+from llmlab.errors import InputError
+
+UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+RESERVE = 2**30  # CUDA context, library workspaces and what the allocator cannot use
+BITS = (16, 8, 4, 3, 2)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread a model over devices; bytes are those of the fullest device.
+
+    `data` replicas, each cut into `pipeline` stages of whole layers, each layer cut `tensor` ways. `problem` says why
+    the layout cannot be used; None means it fits.
+    """
+
+    data: int
+    tensor: int
+    pipeline: int
+    weights: int
+    kv_cache: int
+    activations: int
+    reserve: int
+    problem: str | None
+
+    @property
+    def name(self) -> str:
+        """Such as "data 2 x tensor 2"; parts of 1 are left out."""
+        parts = {"data": self.data, "tensor": self.tensor, "pipeline": self.pipeline}
+        return " x ".join(f"{part} {size}" for part, size in parts.items() if size > 1) or "one device"
+
+    @property
+    def bytes(self) -> int:
+        """Memory needed on the fullest device."""
+        return self.weights + self.kv_cache + self.activations + self.reserve
+
+    @property
+    def fits(self) -> bool:
+        """Whether the layout can be used."""
+        return self.problem is None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All layouts of a model over `devices` devices of `memory` bytes; usable ones first, least communication first."""
+
+    card: ModelCard
+    devices: int
+    memory: int
+    bits: int
+    batch: int
+    context: int
+    layouts: list[Layout]
+
+    @property
+    def best(self) -> Layout:
+        """The usable layout with the least communication.
+
+        Raises InputError if nothing fits; says what the smallest one lacks.
+        """
+        if self.layouts[0].fits:
+            return self.layouts[0]
+        nearest = min(self.layouts, key=lambda layout: layout.bytes)
+        raise InputError(
+            f"{self.card.name} at {self.bits} bits fits on no layout of {self.devices} devices: "
+            f"{nearest.name} {nearest.problem}; use more devices, more memory or fewer bits."
+        )
+
+    @property
+    def title(self) -> str:
+        """What was planned, in one line."""
+        return (
+            f"{self.card.name}, {self.bits}-bit weights, on {self.devices} x {self.memory / 2**30:.4g} GiB; a replica "
+            f"holds {self.batch} x {self.context} tokens"
+        )
+
+    def table(self) -> pd.DataFrame:
+        """A row per layout with GiB of the fullest device by part."""
+        rows = []
+        for layout in self.layouts:
+            parts = {
+                part: getattr(layout, part) / 2**30
+                for part in ("weights", "kv_cache", "activations", "reserve", "bytes")
+            }
+            rows.append({"layout": layout.name, **parts, "verdict": layout.problem or "fits"})
+        return pd.DataFrame(rows).rename(columns={"bytes": "needed", "kv_cache": "KV cache"})
+
+    def __str__(self) -> str:
+        return f"{self.title}\nGiB on the fullest device\n" + self.table().round(2).to_string(index=False)
+
+    def _repr_html_(self) -> str:
+        """The table, for notebooks; its caption says what was planned."""
+        return str(self.table().style.format(precision=2).hide(axis="index").set_caption(self.title).to_html())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        layouts = [
+            asdict(layout) | {"name": layout.name, "bytes": layout.bytes, "fits": layout.fits}
+            for layout in self.layouts
+        ]
+        best = self.layouts[0].name if self.layouts[0].fits else None
+        settings = {name: getattr(self, name) for name in ("devices", "memory", "bits", "batch", "context")}
+        return {"model": self.card.as_dict(), **settings, "best": best, "layouts": layouts}
+
+
+def plan(
+    card: ModelCard,
+    *,
+    devices: int = 4,
+    memory: str | int = "32GiB",
+    bits: int = 16,
+    batch: int = 1,
+    context: int | None = None,
+) -> Plan:
+    """Enumerate every layout and what its fullest device must hold.
+
+    Memory of a device = weights of its stage + KV cache + activations of the layer at work + 1 GiB reserve:
+    weights are cut `tensor` ways and in whole layers over `pipeline` stages, embedding on the first stage and head on
+    the last; the KV cache is cut the same way; activations count the residual stream, queries, keys, values and the
+    MLP's two widest tensors of `batch` x `context` tokens in 2 bytes each.
+
+    Usable layouts come first, ordered by communication: replicas need none, a pipeline sends hidden states between
+    stages, tensor parallelism reduces them twice in every layer.
+
+    Args:
+        card: the model.
+        devices: how many equal devices, all of them used.
+        memory: of each device: "32GiB", "24GB" or bytes.
+        bits: of the decoder layers' matrices; below 16 in groups of 64 with a scale and a zero point.
+        batch: sequences that a replica holds at once.
+        context: tokens of each; by default the model's context length, at most 2,048.
+
+    Raises:
+        InputError: a number that makes no sense.
+    """
+    bytes_each = parse_bytes(memory)
+    context = min(2048, card.context_length) if context is None else context
+    if not 1 <= devices <= 4096:
+        raise InputError(f"{devices} devices: give a number from 1 to 4096.")
+    if bits not in BITS:
+        raise InputError(f"{bits} bits: choose one of {', '.join(map(str, BITS))}.")
+    if batch < 1 or not 1 <= context <= card.context_length:
+        raise InputError(
+            f"batch {batch} x context {context}: give positive numbers, the context at most {card.context_length}."
+        )
+    layouts = []
+    for data in _divisors(devices):
+        for tensor in _divisors(devices // data):
+            pipeline = devices // data // tensor
+            layouts.append(_layout(card, (data, tensor, pipeline), bytes_each, bits, batch * context))
+    layouts.sort(key=lambda x: (not x.fits, -x.data, -x.pipeline) if x.fits else (True, x.bytes, 0))
+    return Plan(card, devices, bytes_each, bits, batch, context, layouts)
+
+
+def parse_bytes(text: str | int) -> int:
+    """ "32GiB", "24 GB" or a number of bytes to bytes. Raises InputError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?\s*", str(text), re.IGNORECASE)
+    unit = (match.group(2) or "B").upper() if match else ""
+    if match is None or unit not in UNITS or float(match.group(1)) <= 0:
+        raise InputError(f"unknown amount of memory {text!r}: write it like 32GiB, 24GB or a number of bytes.")
+    return int(float(match.group(1)) * UNITS[unit])
+
+
+def _layout(card: ModelCard, cuts: tuple[int, int, int], memory: int, bits: int, tokens: int) -> Layout:
+    data, tensor, pipeline = cuts
+    stage_layers = -(-card.layers // pipeline)
+    share = stage_layers / card.layers / tensor
+    # Embedding and head (one matrix when tied) sit on the first and the last stage, cut over the tensor ranks.
+    head = 2 * card.head_parameters / tensor
+    embedding = 2 * (card.parameters - card.linear_parameters - (0 if card.tied else card.head_parameters)) / tensor
+    ends = max(embedding, head) if pipeline > 1 else embedding + (0 if card.tied else head)
+    matrices = card.weight_bytes(bits) - 2 * (card.parameters - card.linear_parameters)
+    kv_cut = stage_layers / card.layers / min(tensor, card.kv_heads)
+    kv_bytes_per_token = 2 * card.layers * card.kv_heads * card.head_dim * 2
+    width = 3 * card.hidden_size + (2 * card.intermediate_size + 3 * card.heads * card.head_dim) / tensor
+    layout = Layout(
+        data,
+        tensor,
+        pipeline,
+        weights=round(matrices * share + ends),
+        kv_cache=round(tokens * kv_bytes_per_token * kv_cut),
+        activations=round(2 * tokens * width),
+        reserve=RESERVE,
+        problem=None,
+    )
+    problem = _problem(card, tensor, pipeline)
+    if problem is None and layout.bytes > memory:
+        problem = f"needs {layout.bytes / 2**30:.1f} GiB a device, has {memory / 2**30:.1f}"
+    return Layout(**{**asdict(layout), "problem": problem})
+
+
+def _problem(card: ModelCard, tensor: int, pipeline: int) -> str | None:
+    if card.heads % tensor or (card.kv_heads % tensor and tensor % card.kv_heads):
+        works = [t for t in _divisors(card.heads) if card.kv_heads % t == 0]
+        return (
+            f"cannot cut {card.heads} heads ({card.kv_heads} KV) {tensor} ways; tensor {_words(works)} "
+            f"work{'s' if len(works) == 1 else ''}"
+        )
+    if pipeline > card.layers:
+        return f"has {pipeline} stages for {card.layers} layers"
+    return None
+
+
+def _words(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]
