@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmlab.decoding.generate import generate as generate
     from llmlab.errors import InputError as InputError
     from llmlab.errors import NumericalError as NumericalError
+    from llmlab.measure.record import Measurement as Measurement
     from llmlab.measure.record import records as records
     from llmlab.model import LM as LM
     from llmlab.model import load as load
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 _HOME = {
     "LM": "llmlab.model",
     "InputError": "llmlab.errors",
+    "Measurement": "llmlab.measure.record",
     "Metric": "llmlab.stats",
     "ModelCard": "llmlab.card",
     "NumericalError": "llmlab.errors",

@@ -65,10 +65,22 @@ class ModelCard:
         attention = 4 * self.layers * self.heads * self.head_dim * (context + 1)
         return 2 * matrices + attention
 
-    def sequence_flops(self, length: int) -> int:
-        """FLOPs of one forward pass over a whole causal sequence of `length` tokens, output head at every position."""
+    def sequence_flops(self, length: int, *, head_positions: int | None = None) -> int:
+        """FLOPs of one forward pass over a causal sequence of `length` tokens.
+
+        The output head works at `head_positions` of them, by default at all.
+        """
         attention = 4 * self.layers * self.heads * self.head_dim * length * (length + 1) // 2
-        return 2 * length * (self.linear_parameters + self.head_parameters) + attention
+        head = 2 * self.head_parameters * (length if head_positions is None else head_positions)
+        return 2 * length * self.linear_parameters + head + attention
+
+    @property
+    def bytes_read_per_pass(self) -> int:
+        """Bytes of weights that every forward pass reads, however few its tokens: matrices and output head.
+
+        Of an untied embedding only the rows of the pass's tokens are read.
+        """
+        return (self.linear_parameters + self.head_parameters) * DTYPE_BYTES[self.dtype]
 
     def as_dict(self) -> dict[str, Any]:
         """All fields and the derived costs, ready for JSON."""

@@ -189,6 +189,7 @@ def report(
     except ModuleNotFoundError as error:
         raise InputError(f"the report needs the package {error.name}: run pip install 'llmlab[demo]'.") from None
 
+    values = _parameters(parameter or [])
     chosen = lab.find_notebooks(notebooks or [])
     folder = output or home() / "report"
 
@@ -201,7 +202,7 @@ def report(
         if run.error:
             console.print(f"          {run.error}", markup=False, highlight=False)
 
-    runs = lab.report(chosen, output=folder, parameters=_parameters(parameter or []), on_start=start, on_end=end)
+    runs = lab.report(chosen, output=folder, parameters=values, on_start=start, on_end=end)
     console.print(f"report:   {folder / 'index.html'}", highlight=False, soft_wrap=True)
     write_json(json_file, {"index": str(folder / "index.html"), "runs": [vars(run) for run in runs]})
     if any(run.failed for run in runs):

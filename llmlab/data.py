@@ -114,12 +114,12 @@ def parse_questions(
     wanted = _checked_limit(limit)
     questions: list[Question] = []
     for number, row in rows:
-        if wanted is not None and len(questions) == wanted:
-            break
         try:
             questions.append(_question(row, source))
         except ValueError as error:
             raise InputError(f"{where}, line {number}: {error}.") from None
+        if len(questions) == wanted:
+            break
     if not questions:
         raise InputError(f"{where} holds no rows: expected JSON Lines with ctx, endings and label.")
     return questions
@@ -207,8 +207,10 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{path}, line {number}: invalid JSON ({error}).") from None
+                except json.JSONDecodeError as error:
+                    raise InputError(
+                        f"{path}, line {number}: invalid JSON ({error.msg} at column {error.colno})."
+                    ) from None
                 if not isinstance(row, dict):
                     raise InputError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
                 yield number, row

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmlab.card import ModelCard, card_from_config
 from llmlab.errors import InputError
-from llmlab.gguf import as_safetensors, read_gguf
+from llmlab.gguf import converted
 from llmlab.sources import Source, fingerprint, read_config, resolve, shape_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -121,13 +121,17 @@ def load(
         raise InputError(f"layers={layers}: a positive number of layers can be kept of random:SHAPE models only.")
     if source.kind == "random" and bitsandbytes:
         raise InputError("bitsandbytes quantizes at load: random weights are not loaded, choose a real model.")
+    local_revision = fingerprint(source)
+    if source.kind == "gguf":
+        with _quiet_loading():
+            source = converted(source)
     config = read_config(source, revision=revision, trust_remote_code=trust_remote_code)
     if layers is not None:
         config.num_hidden_layers = layers
     card = card_from_config(config, name, dtype)
     if source.kind == "random":
         return LM(_random_model(config, dtype, where, seed), None, card, name, revision=f"seed:{seed}")
-    with _quiet_unless_large(card):
+    with _quiet_loading(unless=card.bytes >= 4e9):
         model = _read_weights(source, dtype, where, bitsandbytes, revision, trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(
             **source.transformers_args, revision=revision, trust_remote_code=trust_remote_code
@@ -137,7 +141,7 @@ def load(
         tokenizer,
         card,
         name,
-        revision=getattr(config, "_commit_hash", None) or fingerprint(source),
+        revision=getattr(config, "_commit_hash", None) or local_revision,
         transformation=f"bitsandbytes-{bitsandbytes}" if bitsandbytes else "none",
     )
 
@@ -149,7 +153,10 @@ def model_card(name: str, *, dtype: str = "fp16") -> ModelCard:
     """
     dtype = check_dtype(dtype, torch.device("cpu"))
     config = shape_config(name.removeprefix("random:"))
-    return card_from_config(config if config is not None else read_config(resolve(name)), name, dtype)
+    if config is None:
+        source = resolve(name)
+        config = read_config(converted(source, create=False) if source.kind == "gguf" else source)
+    return card_from_config(config, name, dtype)
 
 
 def check_dtype(dtype: str | None, device: torch.device) -> str:
@@ -192,13 +199,9 @@ def _check_bitsandbytes(method: str | None) -> None:
 def _read_weights(
     source: Source, dtype: str, device: torch.device, bitsandbytes: str | None, revision: str | None, trust: bool
 ) -> Any:
-    if source.kind == "gguf" and not bitsandbytes:
-        return read_gguf(source, DTYPES[dtype], device)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "device_map": {"": device}, "use_safetensors": True}
     if bitsandbytes:
         options["quantization_config"] = _bitsandbytes_config(bitsandbytes, dtype)
-        if source.kind == "gguf":  # transformers quantizes safetensors only
-            source = Source(source.name, "folder", str(as_safetensors(source)))
     try:
         return AutoModelForCausalLM.from_pretrained(
             **source.transformers_args, revision=revision, trust_remote_code=trust, **options
@@ -233,9 +236,9 @@ def _random_model(config: Any, dtype: str, device: torch.device, seed: int) -> A
 
 
 @contextmanager
-def _quiet_unless_large(card: ModelCard) -> Iterator[None]:
-    """Transformers' loading bars only for models that take long; they would leave clutter in reports."""
-    if card.bytes >= 4e9:
+def _quiet_loading(*, unless: bool = False) -> Iterator[None]:
+    """No loading bars of transformers, unless the model takes long: they would leave clutter in reports."""
+    if unless:
         yield
         return
     shown = transformers.utils.logging.is_progress_bar_enabled()

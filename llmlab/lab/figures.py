@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
 from llmlab.measure.roofline import Peaks
 from llmlab.paths import PACKAGE, atomic, home
@@ -62,6 +62,46 @@ def show(figure: Figure, name: str, alt: str) -> Any:
     return Image(data=path.read_bytes(), format="png", width=width, alt=alt)
 
 
+def endings(tokens: list[list[str]], log_probs: list[list[float]], right: int, title: str) -> Figure:
+    """The endings of one question, a box a token, shaded by how much the model is surprised by it.
+
+    Args:
+        tokens: the tokens' text, one list an ending.
+        log_probs: their log-probabilities in nats.
+        right: index of the right ending.
+        title: the figure's message.
+    """
+    with style():
+        widths = [[max(3, len(t) + 1.4) for t in row] for row in tokens]
+        longest = max(map(sum, widths))
+        figure, axes = plt.subplots(figsize=(max(7.0, 0.088 * longest + 2.2), 0.62 * len(tokens) + 1.35))
+        shades = plt.get_cmap("Blues")
+        worst = max(-value for row in log_probs for value in row)
+        for line, (row, values) in enumerate(zip(tokens, log_probs, strict=True)):
+            x = 0.0
+            for text, value, width in zip(row, values, widths[line], strict=True):
+                shade = 0.08 + 0.85 * -value / worst
+                axes.add_patch(Rectangle((x, line - 0.36), width - 0.3, 0.72, color=shades(shade), linewidth=0))
+                ink = "white" if shade > 0.55 else "black"
+                axes.text(x + width / 2, line - 0.05, text.strip(), ha="center", va="center", size=7.5, color=ink)
+                axes.text(x + width / 2, line + 0.26, f"{value:.1f}", ha="center", va="center", size=5.5, color=ink)
+                x += width
+            mark = "  right" if line == right else ""
+            weight = "bold" if sum(values) == max(map(sum, log_probs)) else "normal"
+            axes.text(x + 0.8, line, f"{sum(values):.1f}{mark}", va="center", size=9, weight=weight)
+        axes.set_xlim(-0.5, longest + 12)
+        axes.set_ylim(len(tokens) - 0.45, -0.55)
+        axes.set_yticks(range(len(tokens)), [f"ending {k}" for k in range(len(tokens))])
+        axes.set_xticks([])
+        axes.grid(visible=False)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_xlabel("small numbers: log-probability of the token (nats); at the end their sum, the choice in bold")
+        axes.set_title(title)
+    return figure
+
+
 def accuracies(results: dict[str, dict[str, Metric]], chance: float, title: str) -> Figure:
     """Accuracies with their 95 % intervals, one group of dots a metric, one colour a variant.
 
@@ -81,19 +121,26 @@ def accuracies(results: dict[str, dict[str, Metric]], chance: float, title: str)
                 [(metrics[n].value - (metrics[n].low or 0)) * 100 for n in names],
                 [((metrics[n].high or 0) - metrics[n].value) * 100 for n in names],
             ]
-            marker = "osD^v"[index % 5]
-            axes.errorbar(values, y, xerr=spread, fmt=marker, capsize=3, label=variant)
+            bars = axes.errorbar(values, y, xerr=spread, fmt="osD^v"[index % 5], capsize=3)
+            right_end = values[0] + spread[1][0]
+            colour = bars.lines[0].get_color()
+            axes.annotate(
+                variant, (right_end, y[0]), (8, 0), textcoords="offset points", va="center", size=9, color=colour
+            )
             for value, height in zip(values, y, strict=True):
-                axes.annotate(f"{value:.1f}", (value, height), (0, 6), textcoords="offset points", ha="center", size=8)
+                below = index % 2 == 1
+                axes.annotate(
+                    f"{value:.1f}", (value, height), (0, -6 if below else 6), textcoords="offset points",
+                    ha="center", va="top" if below else "bottom", size=8,
+                )  # fmt: skip
         axes.axvline(chance * 100, color=GREY, linestyle="--", linewidth=1)
-        axes.text(chance * 100, -0.55, " guessing", color=GREY, va="bottom", size=9)
+        axes.text(chance * 100, len(names) - 0.45, " guessing", color=GREY, va="bottom", size=9)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlabel("right answers (%), bars: 95 % Wilson interval")
         axes.grid(axis="y", visible=False)
         axes.set_title(title)
-        if len(results) > 1:
-            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.set_xlim(right=axes.get_xlim()[1] + 8)  # room for the names beside the bars
     return figure
 
 
@@ -178,26 +225,27 @@ def roofline(peaks: Sequence[Peaks], points: pd.DataFrame, title: str) -> Figure
     with style():
         figure, axes = plt.subplots(figsize=(7, 4.4))
         low = min(0.1, float(points["intensity"].min()) / 2)
-        high = max(float(points["intensity"].max()) * 4, max(p.ridge for p in peaks) * 8)
+        high = max(float(points["intensity"].max()) * 4, max(p.ridge for p in peaks) * 30)
         x = np.geomspace(low, high, 200)
         for peak, colour, marker in zip(peaks, (BLUE, ORANGE, GREEN), "osD", strict=False):
             axes.plot(x, [peak.attainable(i) / 1e9 for i in x], color=colour)
-            axes.text(
-                high, peak.flops.value / 1e9, f"{peak.dtype}: {peak.flops.value / 1e9:,.0f} GFLOP/s ", color=colour,
-                ha="right", va="bottom", size=9,
+            roof = peak.flops.value / 1e9
+            axes.annotate(
+                f"{peak.dtype}: {roof:,.0f} GFLOP/s", (peak.ridge, roof), (24, 4), textcoords="offset points",
+                color=colour, size=9, weight="bold",
             )  # fmt: skip
             mine = points[points["dtype"] == peak.dtype]
             axes.plot(mine["intensity"], mine["flops"] / 1e9, marker, color=colour, markeredgecolor="white")
             for _, point in mine.iterrows():
                 share = point["flops"] / peak.attainable(point["intensity"])
                 axes.annotate(
-                    f"{point['label']} ({share:.0%})", (point["intensity"], point["flops"] / 1e9), (8, -4),
-                    textcoords="offset points", size=8, va="top", color=colour,
+                    f"{point['label']} ({share:.0%})", (point["intensity"], point["flops"] / 1e9), (9, 0),
+                    textcoords="offset points", size=8, va="center", color=colour,
                 )  # fmt: skip
-        first = peaks[0]
-        axes.text(
-            low * 1.1, first.attainable(low * 1.1) / 1e9 * 1.6, f"memory: {first.bandwidth.value / 1e9:.0f} GB/s",
-            color=GREY, size=9, rotation=0,
+        slope, middle = peaks[0].bandwidth.value / 1e9, min(p.ridge for p in peaks) / 3
+        axes.annotate(
+            f"memory: {slope:.0f} GB/s", (middle, slope * middle), (10, -6), textcoords="offset points",
+            color=GREY, size=9, va="top",
         )  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import os
+import re
 import shlex
 import shutil
 import time
@@ -23,6 +25,7 @@ from llmlab.measure.environment import cpu_name, git_commit, gpus, hardware, ver
 from llmlab.paths import PACKAGE, atomic, check_writable, home
 
 TEMPLATES = PACKAGE / "lab" / "templates"
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the torch profiler's own log would end up between our lines
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any]) -> Ru
             cwd=str(notebook.parent),
             progress_bar=False,
             coalesce_streams=True,  # a progress bar leaves its last state, not a line per refresh
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
     except PapermillExecutionError as failure:
         error = f"{failure.ename}: {failure.evalue}"
@@ -153,6 +157,9 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any]) -> Ru
 
 def render(content: Any, name: str) -> str:
     """A notebook as one HTML page that asks nothing of the network; outputs are escaped by nbconvert."""
+    for cell in content.cells:
+        if cell.cell_type == "markdown":  # notebooks link to one another; in the report their pages do
+            cell.source = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.html)", cell.source)
     exporter = HTMLExporter(template_name="llmlab", extra_template_basedirs=[str(TEMPLATES)], embed_images=True)
     body, _ = exporter.from_notebook_node(content, resources={"metadata": {"name": name}})
     return str(body)

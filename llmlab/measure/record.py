@@ -39,6 +39,21 @@ class Result(Protocol):
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """A Result of your own: numbers with units, what they are of and how they came about."""
+
+    task: str
+    values: dict[str, Metric]
+    n: int
+    protocol: str
+    data: str = "synthetic"
+
+    def metrics(self) -> dict[str, Metric]:
+        """The measurements with their units."""
+        return self.values
+
+
+@dataclass(frozen=True)
 class Record:
     """One measurement with everything needed to trust and repeat it.
 
@@ -133,13 +148,14 @@ def append(record: Record, path: Path | None = None) -> Record:
     """
     path = check_store(path)
     line = json.dumps(record.as_dict(), allow_nan=False).encode() + b"\n"
-    with FileLock(f"{path}.lock"), path.open("ab") as file:
+    # Unbuffered: a buffer would try again to write what the disk refused when the file is closed.
+    with FileLock(f"{path}.lock"), path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
+        if end and not _ends_with_newline(path):
+            line = b"\n" + line
         try:
-            if end and not _ends_with_newline(path):
-                file.write(b"\n")
-            file.write(line)
-            file.flush()
+            while line:
+                line = line[file.write(line) :]
             os.fsync(file.fileno())
         except OSError:
             os.truncate(path, end)

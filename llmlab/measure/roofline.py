@@ -6,7 +6,8 @@ Waterman and Patterson 2009). MFU is the share of the first limit that is reache
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,41 +41,54 @@ class Peaks:
 
 
 def measure_peaks(
-    dtype: str, device: torch.device, *, shapes: list[tuple[int, int, int]] | None = None, min_seconds: float = 0.5
-) -> Peaks:
-    """Measure both limits.
+    dtypes: Sequence[str],
+    device: torch.device,
+    *,
+    shapes: Sequence[tuple[int, int, int]] | None = None,
+    min_seconds: float = 0.5,
+) -> dict[str, Peaks]:
+    """Measure both limits of a device for some dtypes; memory's is one for all of them.
 
-    Arithmetic: the fastest of a few matmuls [rows, inner] x [inner, columns]; give `shapes` to use a model's own.
-    Memory: a matrix-vector product over a matrix much larger than the caches, which reads every weight once, as
-    decoding does.
+    Arithmetic: the fastest of a few matmuls [rows, inner] x [inner, columns]. Memory: the faster of a matrix-vector
+    product, which reads every weight once as decoding does, and a copy (read plus write), both over far more bytes
+    than the caches hold.
 
     Args:
-        dtype: "fp32", "bf16" or "fp16".
+        dtypes: of "fp32", "bf16" and "fp16".
         device: where.
-        shapes: matmuls to try; by default square ones that suit the device.
+        shapes: matmuls to try, a model's own say; by default square ones that suit the device.
         min_seconds: measured time for each candidate.
     """
-    kind = DTYPES[dtype]
     sizes = (1024, 2048) if device.type == "cpu" else (4096, 8192)
-    shapes = shapes or [(size, size, size) for size in sizes]
+    shapes = list(shapes or [(size, size, size) for size in sizes])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    bandwidth = measure_bandwidth(device, min_seconds=min_seconds)
+    peaks = {}
+    for dtype in dtypes:
+        with torch.inference_mode():
+            products = {str(shape): _matmul(shape, DTYPES[dtype], device) for shape in shapes}
+            timings = compare(products, warmup=2, min_runs=3, min_seconds=min_seconds)
+        rates = {shape: _rate(2.0 * math.prod(shape), timings[str(shape)].median, "FLOP/s") for shape in shapes}
+        best = max(shapes, key=lambda shape: rates[shape].value)
+        peaks[dtype] = Peaks(name, dtype, rates[best], bandwidth, best)
+    return peaks
+
+
+def measure_bandwidth(device: torch.device, *, min_seconds: float = 0.5) -> Metric:
+    """Bytes per second that the device reads (or reads and writes) from its memory."""
+    size = CPU_BYTES if device.type == "cpu" else GPU_BYTES
+    columns = 4096
+    rows = size // (4 * columns)
     with torch.inference_mode():
-        products = {str(shape): _matmul(shape, kind, device) for shape in shapes}
-        matmuls = compare(products, warmup=2, min_runs=3, min_seconds=min_seconds)
-        best = min(shapes, key=lambda s: matmuls[str(s)].median.value / (s[0] * s[1] * s[2]))
-        flops = 2.0 * best[0] * best[1] * best[2]
-        seconds = matmuls[str(best)].median
-        columns = 4096
-        rows = (CPU_BYTES if device.type == "cpu" else GPU_BYTES) // (columns * kind.itemsize)
-        read = compare(
-            {"read": _matmul((1, columns, rows), kind, device)}, warmup=2, min_runs=3, min_seconds=min_seconds
-        )
-    return Peaks(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        dtype=dtype,
-        flops=_rate(flops, seconds, "FLOP/s"),
-        bandwidth=_rate(float(rows * columns * kind.itemsize), read["read"].median, "B/s"),
-        matmul=best,
-    )
+        source = torch.ones(rows, columns, device=device)
+        target = torch.empty_like(source)
+        candidates: dict[str, Callable[[], object]] = {
+            "matrix-vector": _matmul((1, columns, rows), torch.float32, device),
+            "copy": lambda: target.copy_(source),
+        }
+        timings = compare(candidates, warmup=2, min_runs=3, min_seconds=min_seconds)
+    moved = {"matrix-vector": rows * columns * 4.0, "copy": rows * columns * 8.0}
+    return max((_rate(moved[n], timings[n].median, "B/s") for n in candidates), key=lambda rate: rate.value)
 
 
 def _matmul(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Callable[[], object]:

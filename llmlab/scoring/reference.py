@@ -47,7 +47,7 @@ def log_probs(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = [sequences[i] for i in chosen]
-        values = _batch_log_probs(lm, batch)
+        values = torch.stack([tokens.sum() for tokens in token_log_probs(lm, batch)])
         if not torch.isfinite(values).all():
             bad = batch[int((~torch.isfinite(values)).nonzero()[0])]
             raise NumericalError(
@@ -61,7 +61,9 @@ def log_probs(
     return result
 
 
-def _batch_log_probs(lm: LM, batch: list[Sequence]) -> torch.Tensor:
+@torch.inference_mode()
+def token_log_probs(lm: LM, batch: list[Sequence]) -> list[torch.Tensor]:
+    """Log-probability of every ending token of a batch in one forward pass: for each sequence [n_ending] fp32, nats."""
     longest = max(len(s.ids) for s in batch)
     input_ids = torch.zeros(len(batch), longest, dtype=torch.long)  # [batch, longest]
     attention_mask = torch.zeros_like(input_ids)
@@ -70,10 +72,9 @@ def _batch_log_probs(lm: LM, batch: list[Sequence]) -> torch.Tensor:
         attention_mask[row, : len(sequence.ids)] = 1
     input_ids, attention_mask = input_ids.to(lm.device), attention_mask.to(lm.device)
     logits = lm.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # [batch, longest, V]
-    totals = []
+    values = []
     for row, sequence in enumerate(batch):
         first, last = sequence.n_context, len(sequence.ids)
         predictions = logits[row, first - 1 : last - 1].float().log_softmax(dim=-1)  # [n_ending, V]
-        targets = input_ids[row, first:last, None]
-        totals.append(predictions.gather(-1, targets).sum())
-    return torch.stack(totals)
+        values.append(predictions.gather(-1, input_ids[row, first:last, None]).squeeze(-1))
+    return values

@@ -1,0 +1,85 @@
+"""The two phases of generation as functions to time: prefill (many tokens at once) and one decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from llmlab.measure.clock import Timing
+from llmlab.measure.record import Measurement
+from llmlab.measure.roofline import Peaks
+from llmlab.model import LM
+from llmlab.stats import Metric
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A piece of work with its cost: FLOPs done and bytes of weights and KV cache read, from the model's card."""
+
+    name: str
+    run: Callable[[], object]
+    tokens: int
+    flops: int
+    bytes_read: int
+
+    @property
+    def intensity(self) -> float:
+        """Arithmetic intensity in FLOP per byte."""
+        return self.flops / self.bytes_read
+
+
+def prefill(lm: LM, tokens: int, *, seed: int = 0) -> Phase:
+    """One forward pass over `tokens` random tokens that fills the KV cache and predicts the next one."""
+    ids = _random_ids(lm, tokens, seed)
+
+    @torch.inference_mode()
+    def run() -> None:
+        lm.model(input_ids=ids, past_key_values=DynamicCache(config=lm.model.config), logits_to_keep=1)
+
+    flops = lm.card.sequence_flops(tokens, head_positions=1)
+    return Phase(f"prefill of {tokens} tokens", run, tokens, flops, lm.card.bytes_read_per_pass)
+
+
+def decode_step(lm: LM, context: int, *, seed: int = 0) -> Phase:
+    """One token through the model after `context` tokens in the KV cache; each call starts from the same cache."""
+    ids = _random_ids(lm, context, seed)
+    cache = DynamicCache(config=lm.model.config)
+    with torch.inference_mode():
+        lm.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def run() -> None:
+        lm.model(input_ids=ids[:, -1:], past_key_values=cache, logits_to_keep=1)
+        cache.crop(-1)  # forget the token again
+
+    read = lm.card.bytes_read_per_pass + context * lm.card.kv_bytes_per_token
+    return Phase("one decode step", run, 1, lm.card.flops_per_token(context), read)
+
+
+def utilization(phase: Phase, timing: Timing, peaks: Peaks) -> Measurement:
+    """What a timed phase reached: seconds, tokens/s, and the shares of both limits.
+
+    MFU = FLOPs / seconds / peak FLOP/s; MBU = bytes read / seconds / peak bytes/s.
+    """
+    seconds = timing.median
+    return Measurement(
+        task=phase.name,
+        values={
+            "seconds": seconds,
+            "tokens_per_second": Metric(phase.tokens / seconds.value, "token/s"),
+            "flops": Metric(phase.flops / seconds.value, "FLOP/s"),
+            "intensity": Metric(phase.intensity, "FLOP/byte"),
+            "mfu": Metric(phase.flops / seconds.value / peaks.flops.value),
+            "mbu": Metric(phase.bytes_read / seconds.value / peaks.bandwidth.value),
+        },
+        n=phase.tokens,
+        protocol=f"{phase.name}, batch 1, transformers' eager forward; median of interleaved repeats",
+    )
+
+
+def _random_ids(lm: LM, tokens: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(lm.card.vocab_size, (1, tokens), generator=generator).to(lm.device)  # [1, tokens]

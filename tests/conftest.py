@@ -1,0 +1,67 @@
+"""Models and rows for the tests. No test uses the network; nothing is written into the checkout."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before llmlab or transformers is imported: no network, and records go to a folder of their own.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["LLMLAB_HOME"] = tempfile.mkdtemp(prefix="llmlab-tests-")
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+
+import llmlab
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real built-in model in fp32."""
+    return llmlab.load("smollm2", dtype="fp32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def rows():
+    """Real questions: HellaSwag where LLMLAB_DATA has it, else the built-in set."""
+    folder = os.environ.get("LLMLAB_DATA")
+    if folder and list(Path(folder).glob("hellaswag*.jsonl")):
+        return llmlab.data.hellaswag(limit=200)
+    return llmlab.data.everyday()
+
+
+TINY = {
+    "llama": LlamaConfig(
+        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
+    ),
+    "opt": OPTConfig(
+        vocab_size=49152, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=64, max_position_embeddings=256, dropout=0.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(smollm2, tmp_path_factory):
+    """Folders with tiny random models of each architecture and the built-in tokenizer."""
+    folders = {}
+    for name, config in TINY.items():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():  # larger than the usual 0.02, so that predictions differ
+            torch.nn.init.normal_(parameter, std=0.2)
+        model.generation_config.eos_token_id = smollm2.tokenizer.eos_token_id
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        smollm2.tokenizer.save_pretrained(folder)
+        folders[name] = folder
+    return folders
+
+
+@pytest.fixture(scope="session", params=sorted(TINY))
+def tiny(request, tiny_folders):
+    """A tiny random LLaMA and a tiny random OPT, one after the other."""
+    return llmlab.load(str(tiny_folders[request.param]), dtype="fp32", device="cpu")

@@ -1,0 +1,155 @@
+import json
+import os
+import sys
+
+import pytest
+
+from llmlab.cli import main
+from llmlab.measure.record import read_records
+
+ROW = {
+    "ctx": "She fills the kettle and",
+    "endings": ["turns it on.", "eats it.", "paints it.", "reads it."],
+    "label": 0,
+}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process; returns (exit status, stdout, stderr)."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["llmlab", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return command
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(ROW) + "\n" for _ in range(3)))
+    return file
+
+
+def test_score_writes_its_result_and_its_record(run, rows_file, tmp_path):
+    out = tmp_path / "out.json"
+    before = len(read_records())
+    status, shown, _ = run("score", "--model", "smollm2", "--data", rows_file, "--limit", 2, "--json", out)
+    assert status == 0
+    assert "acc_norm_token" in shown
+    result = json.loads(out.read_text())
+    assert result["n"] == 2
+    assert result["predictions"] == [0, 0]
+    assert result["acc"] == 1.0
+    assert len(result["log_probs"]) == 2
+    assert result["seconds_total"] > result["seconds_inference"] > 0
+    assert set(result) >= {"acc", "acc_norm", "acc_norm_token", "acc_interval", "predictions_norm", "seconds_load"}
+    assert result["record"] == read_records()[-1]
+    assert len(read_records()) == before + 1
+
+
+def test_perplexity(run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The kettle boils and the cat sleeps on the warm stove. " * 20)
+    out = tmp_path / "out.json"
+    status, shown, _ = run(
+        "perplexity", "--text", text, "--context", 64, "--max-windows", 2, "--dtype", "bf16", "--json", out
+    )
+    assert status == 0
+    assert "2 windows of 64 tokens" in " ".join(shown.split())
+    assert json.loads(out.read_text())["perplexity"] > 1
+
+
+def test_generate(run, tmp_path):
+    out = tmp_path / "out.json"
+    status, shown, _ = run("generate", "--prompt", "The capital of France is", "--max-new-tokens", 4, "--json", out)
+    assert status == 0
+    assert "Paris" in shown
+    result = json.loads(out.read_text())
+    assert result["completions"][0]["ids"]
+    assert result["new_tokens"] == 4
+
+
+def test_plan_shows_sixteen_and_four_bits(run, tmp_path):
+    out = tmp_path / "plan.json"
+    status, shown, _ = run("plan", "--model", "opt-30b", "--devices", 4, "--memory", "32GiB", "--json", out)
+    assert status == 0
+    assert "best: data 2 x pipeline 2" in shown
+    assert "best: data 4" in shown
+    assert [p["bits"] for p in json.loads(out.read_text())["plans"]] == [16, 4]
+
+
+def test_doctor(run, tmp_path):
+    out = tmp_path / "doctor.json"
+    status, shown, _ = run("doctor", "--json", out)
+    assert status == 0
+    assert "SmolLM2" in shown
+    assert json.loads(out.read_text())["hardware"]["cores"] >= 1
+
+
+def test_every_verb_has_help_with_an_example(run):
+    for verb in ("score", "perplexity", "generate", "plan", "report", "doctor"):
+        status, shown, _ = run(verb, "--help")
+        assert status == 0
+        assert f"Example: llmlab {verb}" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (("score", "--model", "gpt-5"), "unknown model 'gpt-5'"),
+        (("score", "--model", "someone/some-model"), "cannot be reached"),
+        (("score", "--model", "none.gguf"), "no such model file"),
+        (("score", "--data", "none.jsonl"), "none.jsonl"),
+        (("score", "--limit", "0"), "limit 0"),
+        (("score", "--dtype", "int3"), "unknown dtype"),
+        (("score", "--json", "/proc/nowhere/out.json"), "cannot write to the folder"),
+        (("score", "--json", "."), "is a folder"),
+        (("score", "--limit", "two"), "--limit"),
+        (("score", "--no-such-option"), "--no-such-option"),
+        (("sing",), "sing"),
+        (("perplexity", "--text", "none.txt"), "none.txt"),
+        (("generate", "--prompt", ""), "prompt 0 is empty"),
+        (("generate", "--prompt", "a", "--prompts", "b"), "not both"),
+        (("generate", "--prompt", "a", "--temperature", "-1"), "temperature -1"),
+        (("plan", "--model", "opt-31b"), "unknown model 'opt-31b'"),
+        (("plan", "--model", "opt-30b", "--memory", "much"), "write it like 32GiB"),
+        (("plan",), "--model"),
+        (("report", "nothing"), "no notebook 'nothing'"),
+        (("report", "-p", "limit"), "write NAME=VALUE"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(run, arguments, expected):
+    status, _, errors = run(*arguments)
+    assert status == 2
+    assert expected in errors
+    assert errors.startswith("llmlab: ")
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_a_bad_row_names_its_line(run, rows_file):
+    rows_file.write_text(rows_file.read_text() + json.dumps(ROW | {"label": 7}) + "\n")
+    status, _, errors = run("score", "--data", rows_file)
+    assert status == 2
+    assert "line 4: the label must be 0, 1, 2 or 3, got 7" in errors
+
+
+def test_a_row_longer_than_the_context_is_bad_input(run, rows_file, tiny_folders):
+    rows_file.write_text(json.dumps(ROW | {"ctx": "word " * 400}) + "\n")
+    status, _, errors = run("score", "--model", tiny_folders["llama"], "--data", rows_file)
+    assert status == 2
+    assert "question 0" in errors
+    assert "more than the context of 256 tokens" in errors
+
+
+def test_records_that_cannot_be_written_stop_the_run_before_it_starts(run, rows_file, monkeypatch, tmp_path):
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setenv("LLMLAB_HOME", str(tmp_path / "home"))
+    status, _, errors = run("score", "--data", rows_file)
+    assert status == 2
+    assert "cannot write to the folder" in errors
+    assert os.environ["LLMLAB_HOME"] == str(tmp_path / "home")
