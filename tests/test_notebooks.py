@@ -1,0 +1,29 @@
+"""Every notebook runs from start to end with small parameters."""
+
+import pytest
+from conftest import CHECKOUT
+
+from llmlab.lab.report import report
+
+SMALL = {
+    "00_start_here": {"limit": 3, "max_new_tokens": 6},
+    "01_where_time_goes": {"prompt_tokens": 16, "widths": [1, 8], "min_runs": 3},
+}
+
+
+def test_small_parameters_cover_every_notebook():
+    assert set(SMALL) == {path.stem for path in (CHECKOUT / "notebooks").glob("*.ipynb")}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_notebook(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMLAB_HOME", str(tmp_path))
+    notebook = CHECKOUT / "notebooks" / f"{name}.ipynb"
+    (run,) = report([notebook], output=tmp_path / "report", parameters=SMALL[name])
+    assert run.error is None
+    page = (tmp_path / "report" / f"{name}.html").read_text()
+    assert "No description has been provided" not in page
+    assert 'src="http' not in page
+    assert list((tmp_path / "figures").glob("*.svg"))
+    index = (tmp_path / "report" / "index.html").read_text()
+    assert index.count("<figure>") == len(list((tmp_path / "figures").glob("*.png")))
