@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# The torch profiler would write its own log lines to stderr, in the middle of notebooks. It reads this when torch loads.
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+# The torch profiler would write its own log lines into notebooks, as errors. It reads this when torch loads.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 # Where each public name lives; imported on first use, so that `llmlab --help` does not wait for torch.
 _HOME = {
