@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 notebooks: $(STAMP)  ## execute the committed notebooks in place
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
-	  --ExecutePreprocessor.coalesce_streams=True --ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=ERROR \
+	  --CoalesceStreamsPreprocessor.enabled=True --ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=ERROR \
 	  notebooks/[0-9]*.ipynb
 
 constraints: $(STAMP)  ## pin what is installed now
