@@ -97,7 +97,7 @@ def test_notebooks_are_committed_executed_and_clean(path):
     outputs = [output for cell in code for output in cell["outputs"]]
     assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
     assert not [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]
-    assert not [o for o in outputs if "\\r" in "".join(o.get("text", ""))]  # a progress bar leaves one line
+    assert not [o for o in outputs if "\r" in "".join(o.get("text", ""))]  # a progress bar leaves one line
     images = [o for o in outputs if "image/png" in o.get("data", {})]
     assert images
     assert all(o["metadata"]["image/png"]["alt"] for o in images)
