@@ -42,7 +42,8 @@ def score(
     model: Model = "smollm2",
     data: Annotated[str, typer.Option(help="everyday (built in), hellaswag, or a JSON Lines file.")] = "everyday",
     limit: Annotated[int | None, typer.Option(help="Score the first N questions.")] = None,
-    batch_size: BatchSize = 8,
+    method: Annotated[str, typer.Option(help="shared (prefixes computed once) or reference; both exact.")] = "shared",
+    batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass of the reference path.")] = 8,
     dtype: Dtype = None,
     device: Device = None,
     bitsandbytes: BitsAndBytes = None,
@@ -56,7 +57,7 @@ def score(
 
     questions = _questions(data, limit)
     lm, seconds_load = _load(model, dtype, device, bitsandbytes, revision, trust_remote_code)
-    result = run(lm, questions, batch_size=batch_size)
+    result = run(lm, questions, method=method, batch_size=batch_size)
     result = replace(result, seconds_total=seconds_load + result.seconds_total)
     print_metrics(f"{lm.name} on {result.n} questions of {result.task}", result.metrics(), result.protocol)
     _finish(lm, result, {"seconds_load": seconds_load}, json_file)

@@ -7,7 +7,6 @@ quantization), and bitsandbytes takes it too.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,13 +17,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmlab.errors import InputError
-from llmlab.paths import check_writable
+from llmlab.paths import cache_folder, check_writable
 from llmlab.sources import Source, fingerprint, read_config
-
-
-def cache_folder() -> Path:
-    """LLMLAB_CACHE, else ~/.cache/llmlab."""
-    return Path(os.environ.get("LLMLAB_CACHE", "~/.cache/llmlab")).expanduser()
 
 
 def converted(source: Source, *, create: bool = True) -> Source:

@@ -21,6 +21,11 @@ def home() -> Path:
     return checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
 
 
+def cache_folder() -> Path:
+    """What can be made again: LLMLAB_CACHE, else ~/.cache/llmlab."""
+    return Path(os.environ.get("LLMLAB_CACHE", "~/.cache/llmlab")).expanduser()
+
+
 def builtin_data(name: str) -> Path:
     """A data file of this project: in a wheel beside the package, in a checkout under data/."""
     installed = PACKAGE / "builtin" / name

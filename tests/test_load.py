@@ -8,7 +8,7 @@ from transformers import BertConfig, T5Config
 
 import llmlab
 from llmlab import InputError
-from llmlab.gguf import cache_folder
+from llmlab.paths import cache_folder
 from llmlab.sources import resolve
 
 

@@ -12,6 +12,7 @@ from llmlab import InputError, NumericalError, Question
 from llmlab.scoring.encode import encode
 from llmlab.scoring.paired import paired
 from llmlab.scoring.reference import log_probs
+from llmlab.scoring.score import METHODS
 
 
 def harness_log_probs(lm, questions):
@@ -28,14 +29,15 @@ def harness_log_probs(lm, questions):
 
 def test_score_equals_lm_evaluation_harness_on_the_real_model(smollm2, rows):
     questions = rows[:20]
-    result = llmlab.score(smollm2, questions)
     expected = harness_log_probs(smollm2, questions)
-    assert np.abs(np.array(result.log_probs) - np.array(expected)).max() <= 1e-3
-    assert result.predictions == [int(np.argmax(row)) for row in expected]
     characters = [[len(e) for e in q.endings] for q in questions]
-    assert result.predictions_norm == [
-        int(np.argmax(np.array(row) / np.array(length))) for row, length in zip(expected, characters, strict=True)
-    ]
+    for method in METHODS:
+        result = llmlab.score(smollm2, questions, method=method)
+        assert np.abs(np.array(result.log_probs) - np.array(expected)).max() <= 5e-4
+        assert result.predictions == [int(np.argmax(row)) for row in expected]
+        assert result.predictions_norm == [
+            int(np.argmax(np.array(row) / np.array(length))) for row, length in zip(expected, characters, strict=True)
+        ]
 
 
 def odd_questions():
@@ -52,9 +54,10 @@ def odd_questions():
 def test_score_equals_lm_evaluation_harness_on_odd_questions(tiny):
     questions = odd_questions()
     expected = harness_log_probs(tiny, questions)
-    result = llmlab.score(tiny, questions, batch_size=3)
-    for ours, theirs in zip(result.log_probs, expected, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-4)
+    for method in METHODS:
+        result = llmlab.score(tiny, questions, method=method, batch_size=3)
+        for ours, theirs in zip(result.log_probs, expected, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
@@ -64,11 +67,13 @@ def test_batches_do_not_change_the_result(tiny, rows, batch_size):
     for s in sequences:  # no padding, no batch: the definition
         logits = tiny.model(torch.tensor([s.ids])).logits[0].double().log_softmax(-1)
         one_by_one.append(sum(float(logits[p - 1, s.ids[p]]) for p in range(s.n_context, len(s.ids))))
-    assert log_probs(tiny, sequences, batch_size=batch_size) == pytest.approx(one_by_one, abs=1e-3)
+    values, padding = log_probs(tiny, sequences, batch_size=batch_size)
+    assert values == pytest.approx(one_by_one, abs=1e-3)
+    assert (padding == 0) == (batch_size == 1)
 
 
 def test_result_keeps_everything(tiny, rows):
-    result = llmlab.score(tiny, rows[:5])
+    result = llmlab.score(tiny, rows[:5], method="reference")
     assert result.n == 5
     assert [len(row) for row in result.log_probs] == [4] * 5
     assert result.labels == [q.label for q in rows[:5]]
@@ -102,12 +107,14 @@ def test_paired_comparison(tiny, rows):
         paired(a, llmlab.score(tiny, rows[8:10]))
 
 
-def test_not_finite_logits_are_an_error_with_their_place(tiny_folders, rows):
+@pytest.mark.parametrize("method", METHODS)
+def test_not_finite_logits_are_an_error_with_their_place(tiny_folders, rows, method):
     lm = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
     with torch.no_grad():
         lm.model.model.norm.weight[0] = float("nan")
     with pytest.raises(NumericalError, match="batch 0: question"):
-        llmlab.score(lm, rows[:2])
+        llmlab.score(lm, rows[:2], method=method)
+    assert lm.model.config._attn_implementation == "sdpa"
 
 
 def test_bad_questions_are_named(tiny):
@@ -116,6 +123,8 @@ def test_bad_questions_are_named(tiny):
         llmlab.score(tiny, [Question("a", ("b", "c"), 0), long])
     with pytest.raises(InputError, match="no questions"):
         llmlab.score(tiny, [])
+    with pytest.raises(InputError, match="unknown method 'fast'"):
+        llmlab.score(tiny, [Question("a", ("b", "c"), 0)], method="fast")
     with pytest.raises(InputError, match="batch size 0"):
         llmlab.score(tiny, [Question("a", ("b", "c"), 0)], batch_size=0)
     with pytest.raises(InputError, match="question 0: its context has no token"):

@@ -15,9 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from llmlab.errors import NumericalError
 from llmlab.model import LM
-from llmlab.scoring.encode import Sequence
+from llmlab.scoring.encode import Sequence, check_finite
 
 
 @torch.inference_mode()
@@ -27,8 +26,8 @@ def log_probs(
     *,
     batch_size: int = 8,
     on_batch: Callable[[list[Sequence], list[float]], None] | None = None,
-) -> list[float]:
-    """Log-probability of each sequence's ending given its context, in nats, in the order given.
+) -> tuple[list[float], float]:
+    """Log-probability of each sequence's ending given its context, in nats, in the order given; share of padding.
 
     Longest sequences come first: padding stays small, running out of memory happens at once, and the time left is
     never underestimated. Rows are padded on the right and the padding is masked. Soft-max in fp32.
@@ -48,17 +47,16 @@ def log_probs(
         chosen = order[start : start + batch_size]
         batch = [sequences[i] for i in chosen]
         values = torch.stack([tokens.sum() for tokens in token_log_probs(lm, batch)])
-        if not torch.isfinite(values).all():
-            bad = batch[int((~torch.isfinite(values)).nonzero()[0])]
-            raise NumericalError(
-                f"batch {start // batch_size}: question {bad.question}, ending {bad.ending} has a log-probability that "
-                f"is not finite in {lm.dtype}: try fp32, and check the weights."
-            )
+        check_finite(batch, values.tolist(), start // batch_size, lm.dtype)
         for i, value in zip(chosen, values.tolist(), strict=True):
             result[i] = value
         if on_batch:
             on_batch(batch, values.tolist())
-    return result
+    lengths = [len(sequences[i].ids) for i in order]
+    padded = sum(
+        max(lengths[k : k + batch_size]) * len(lengths[k : k + batch_size]) for k in range(0, len(order), batch_size)
+    )
+    return result, 1 - sum(lengths) / padded
 
 
 @torch.inference_mode()

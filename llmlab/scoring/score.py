@@ -12,9 +12,11 @@ from llmlab.data import Question, fingerprint
 from llmlab.errors import InputError
 from llmlab.model import LM
 from llmlab.progress import progress
+from llmlab.scoring import reference, shared
 from llmlab.scoring.encode import Sequence, encode
-from llmlab.scoring.reference import log_probs as reference_log_probs
 from llmlab.stats import Metric, proportion
+
+METHODS = ("shared", "reference")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,11 @@ class ScoreResult:
         predictions_norm: the same after division by the ending's characters (acc_norm, as lm-evaluation-harness).
         predictions_norm_token: the same after division by the ending's tokens (acc_norm_token).
         labels: the right endings.
+        method: "shared" or "reference".
         tokens: tokens that went through the model, padding left out.
+        tokens_full: tokens of all contexts with all endings, as the reference path computes them.
+        passes: forward passes.
+        padding: share of padded places: in every layer of the reference path, in attention alone of the shared one.
         seconds_inference: forward passes, from the first batch to the last result.
         seconds_total: the same with tokenization and metrics; loading the model is not in it.
     """
@@ -39,8 +45,11 @@ class ScoreResult:
     predictions_norm: list[int]
     predictions_norm_token: list[int]
     labels: list[int]
+    method: str
     tokens: int
-    batch_size: int
+    tokens_full: int
+    passes: int
+    padding: float
     seconds_inference: float
     seconds_total: float
 
@@ -71,8 +80,9 @@ class ScoreResult:
     def protocol(self) -> str:
         """How the numbers came about, in one line."""
         return (
-            "log p(ending | context), text rules and split as lm-evaluation-harness; reference path, "
-            f"longest first, batch size {self.batch_size}"
+            "log p(ending | context), text rules and split as lm-evaluation-harness; "
+            f"{self.method} path, longest first, {self.passes} passes, {self.tokens:,} tokens computed for "
+            f"{self.tokens_full:,}, padding {self.padding:.1%}"
         )
 
     def metrics(self) -> dict[str, Metric]:
@@ -85,6 +95,8 @@ class ScoreResult:
             "seconds_total": Metric(self.seconds_total, "s"),
             "questions_per_second": Metric(self.n / self.seconds_inference, "1/s"),
             "tokens_per_second": Metric(self.tokens / self.seconds_inference, "token/s"),
+            "tokens": Metric(self.tokens, "token"),
+            "tokens_full": Metric(self.tokens_full, "token"),
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -100,7 +112,11 @@ class ScoreResult:
             "predictions_norm_token": self.predictions_norm_token,
             "labels": self.labels,
             "log_probs": self.log_probs,
+            "method": self.method,
             "tokens": self.tokens,
+            "tokens_full": self.tokens_full,
+            "passes": self.passes,
+            "padding": self.padding,
             "seconds_inference": self.seconds_inference,
             "seconds_total": self.seconds_total,
             "protocol": self.protocol,
@@ -108,13 +124,17 @@ class ScoreResult:
         }
 
 
-def score(lm: LM, questions: list[Question], *, batch_size: int = 8) -> ScoreResult:
-    """Score multiple-choice questions. Exact: the plain model's arithmetic on every ending.
+def score(lm: LM, questions: list[Question], *, method: str = "shared", batch_size: int = 8) -> ScoreResult:
+    """Score multiple-choice questions.
+
+    Both methods are exact: "shared" computes what endings have in common once (see `shared`), "reference" every ending
+    in full, and a test holds one against the other on the real model.
 
     Args:
         lm: the model.
-        questions: from `llmlab.data`, or your own.
-        batch_size: sequences a forward pass.
+        questions: from `llmlab.data`, or your own, with any number of endings.
+        method: "shared" or "reference".
+        batch_size: sequences a forward pass of the reference path.
 
     Raises:
         InputError: nothing to score, or a question that does not fit (see `encode`).
@@ -122,6 +142,8 @@ def score(lm: LM, questions: list[Question], *, batch_size: int = 8) -> ScoreRes
     """
     if not questions:
         raise InputError("there are no questions to score: give at least one.")
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}.")
     if batch_size < 1:
         raise InputError(f"batch size {batch_size}: give a positive number.")
     begin = time.perf_counter()
@@ -141,7 +163,12 @@ def score(lm: LM, questions: list[Question], *, batch_size: int = 8) -> ScoreRes
             bar.update(len(batch))
 
         begin_inference = time.perf_counter()
-        reference_log_probs(lm, sequences, batch_size=batch_size, on_batch=show)
+        if method == "shared":
+            work = shared.log_probs(lm, sequences, on_batch=show).work
+            cost = (work.nodes, work.passes, work.attention_padding)
+        else:
+            _, padding = reference.log_probs(lm, sequences, batch_size=batch_size, on_batch=show)
+            cost = (sum(len(s.ids) for s in sequences), -(-len(sequences) // batch_size), padding)
         end_inference = time.perf_counter()
     characters = [[len(e) for e in q.endings] for q in questions]
     tokens: list[list[int]] = [[0] * len(q.endings) for q in questions]
@@ -155,8 +182,11 @@ def score(lm: LM, questions: list[Question], *, batch_size: int = 8) -> ScoreRes
         predictions_norm=[_argmax_per(row, length) for row, length in zip(table, characters, strict=True)],
         predictions_norm_token=[_argmax_per(row, length) for row, length in zip(table, tokens, strict=True)],
         labels=[q.label for q in questions],
-        tokens=sum(len(s.ids) for s in sequences),
-        batch_size=batch_size,
+        method=method,
+        tokens=cost[0],
+        tokens_full=sum(len(s.ids) for s in sequences),
+        passes=cost[1],
+        padding=cost[2],
         seconds_inference=end_inference - begin_inference,
         seconds_total=time.perf_counter() - begin,
     )

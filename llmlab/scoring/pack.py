@@ -1,0 +1,105 @@
+"""How many nodes to put into one forward pass: a latency profile measured on the job's own passes.
+
+Too few nodes leave the arithmetic units idle while weights are fetched; too many fall out of the caches. Where the best
+lies is a property of the device, the model and the dtype, so it is measured, once, and kept. The first passes of the
+first job try the candidates in turn: they are useful work, and the profile costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from llmlab.model import LM
+from llmlab.paths import atomic, cache_folder
+from llmlab.scoring.trie import Trie
+
+LOGIT_BYTES = 256 * 2**20  # the logits of a pass never take more
+CPU_BUDGETS = (256, 512, 1024, 2048)
+GPU_BUDGETS = (2048, 4096, 8192, 16384)
+ROUNDS = 2  # measured passes of each candidate, after one warm-up pass
+
+
+@dataclass
+class Profile:
+    """Nodes per second over nodes a pass, as far as measured.
+
+    Attributes:
+        path: where it is kept.
+        rates: budget -> measured nodes/s of passes of that budget.
+        warm: whether a first pass, which pays for one-time work, has been run.
+    """
+
+    path: Path
+    budgets: tuple[int, ...]
+    rates: dict[int, list[float]] = field(default_factory=dict)
+    warm: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether every candidate has been measured."""
+        return all(len(self.rates.get(b, [])) >= ROUNDS for b in self.budgets)
+
+    def budget(self) -> int:
+        """The next candidate to measure, or the fastest one when all are measured."""
+        if not self.warm:
+            return self.budgets[1]
+        if self.complete:
+            return max(self.budgets, key=lambda b: statistics.median(self.rates[b]))
+        return min(self.budgets, key=lambda b: len(self.rates.get(b, [])))
+
+    def observe(self, budget: int, nodes: int, seconds: float) -> None:
+        """Take in one pass; the profile is kept when it becomes complete."""
+        if not self.warm:
+            self.warm = True
+        elif not self.complete and nodes > 0.6 * budget:  # the last pass of a job may be nearly empty
+            self.rates.setdefault(budget, []).append(nodes / seconds)
+            self._keep()
+
+    def _keep(self) -> None:
+        if self.complete:
+            with atomic(self.path) as path:
+                path.write_text(json.dumps({str(b): rates for b, rates in self.rates.items()}))
+
+
+def profile(lm: LM) -> Profile:
+    """The profile of this model, dtype, device and thread count; empty if it was never measured."""
+    device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else "cpu"
+    identity = [lm.name, lm.revision, lm.transformation, lm.card.layers, lm.dtype, device]
+    identity += [torch.get_num_threads(), torch.__version__]
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    path = cache_folder() / "profiles" / f"{name}.json"
+    budgets = GPU_BUDGETS if lm.device.type == "cuda" else CPU_BUDGETS
+    try:
+        rates = {int(b): list(map(float, r)) for b, r in json.loads(path.read_text()).items()}
+    except (OSError, ValueError):  # never measured, or not ours: measure
+        rates = {}
+    return Profile(path, budgets, rates, warm=bool(rates))
+
+
+class Passes:
+    """Tries handed out in passes, longest first: like lengths meet, and attention pads to the longest of a pass."""
+
+    def __init__(self, tries: list[Trie], vocab_size: int) -> None:
+        self.waiting = sorted(tries, key=len)
+        self.vocab_size = vocab_size
+
+    def take(self, budget: int) -> list[Trie]:
+        """Tries of together at most `budget` nodes, at least one; fewer if their fp32 logits would pass LOGIT_BYTES."""
+        taken: list[Trie] = []
+        nodes = asked = 0
+        while self.waiting:
+            trie = self.waiting[-1]
+            wants = len({node for node, _, _ in trie.scored})
+            full = nodes + len(trie) > budget or (asked + wants) * self.vocab_size * 4 > LOGIT_BYTES
+            if taken and full:
+                break
+            taken.append(self.waiting.pop())
+            nodes += len(trie)
+            asked += wants
+        return taken

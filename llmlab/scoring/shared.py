@@ -1,0 +1,140 @@
+"""Shared-prefix scoring: one forward pass over a row of tries instead of one sequence per ending. Exact.
+
+Against the plain path it saves the context of three endings in four and the first tokens that endings share, all
+padding, and the output head wherever nothing is asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from llmlab.model import LM
+from llmlab.scoring.attention import layout, tries_attend
+from llmlab.scoring.encode import Sequence, check_finite
+from llmlab.scoring.pack import Passes, profile
+from llmlab.scoring.trie import Trie, question_tries
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job cost.
+
+    Attributes:
+        nodes: tokens that went through the model; there is no padding in its Linears.
+        asked: positions at which the output head worked.
+        passes: forward passes.
+        places: rows times longest trie, over which attention works.
+    """
+
+    nodes: int = 0
+    asked: int = 0
+    passes: int = 0
+    places: int = 0
+
+    @property
+    def attention_padding(self) -> float:
+        """Share of padded places in attention, the only ones there are."""
+        return 1 - self.nodes / self.places
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probability of each sequence's ending in nats, whether greedy decoding would write it, and the cost."""
+
+    log_probs: list[float]
+    greedy: list[bool]
+    work: Work
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one pass found: for each (node, token, sequence) triple log p(token) and whether it is the argmax."""
+
+    scored: list[tuple[int, int, int]]
+    log_probs: list[float]
+    greedy: list[bool]
+    asked: int
+
+
+@torch.inference_mode()
+def log_probs(
+    lm: LM,
+    sequences: list[Sequence],
+    *,
+    budget: int | None = None,
+    on_batch: Callable[[list[Sequence], list[float]], None] | None = None,
+) -> Scores:
+    """Score each sequence's ending given its context, in the order given.
+
+    Args:
+        lm: the model.
+        sequences: from `encode`.
+        budget: nodes a forward pass; by default what this device's profile says (see `pack`).
+        on_batch: called after each pass with the sequences that it finished and their log-probabilities.
+
+    Raises:
+        NumericalError: a log-probability is NaN or infinite; names the batch and the question.
+    """
+    totals, greedy = [0.0] * len(sequences), [True] * len(sequences)
+    waiting = Passes(question_tries(sequences), lm.card.vocab_size)
+    measured = profile(lm)
+    nodes = asked = passes = places = 0
+    with tries_attend(lm):
+        while waiting.waiting:
+            limit = budget or measured.budget()
+            begin = time.perf_counter()
+            tries = waiting.take(limit)
+            found = forward(lm, tries)
+            for (_, _, number), value, best in zip(found.scored, found.log_probs, found.greedy, strict=True):
+                totals[number] += value
+                greedy[number] &= best
+            size = sum(map(len, tries))
+            if budget is None:
+                measured.observe(limit, size, time.perf_counter() - begin)
+            finished = sorted({number for _, _, number in found.scored})
+            batch, sums = [sequences[n] for n in finished], [totals[n] for n in finished]
+            check_finite(batch, sums, passes, lm.dtype)
+            nodes, asked, passes = nodes + size, asked + found.asked, passes + 1
+            places += len(tries) * len(tries[0])
+            if on_batch:
+                on_batch(batch, sums)
+    return Scores(totals, greedy, Work(nodes, asked, passes, places))
+
+
+@torch.inference_mode()
+def forward(lm: LM, tries: list[Trie], *, head_everywhere: bool = False) -> Forward:
+    """One forward pass over tries in a row, within `tries_attend`.
+
+    `head_everywhere` lets the output head work at every node, as a plain forward pass does: for the ablation.
+    """
+    scored: list[tuple[int, int, int]] = []
+    start = 0
+    for trie in tries:
+        scored.extend((start + node, token, sequence) for node, token, sequence in trie.scored)
+        start += len(trie)
+    device = lm.device
+    asking = torch.tensor([node for node, _, _ in scored])
+    nodes, where = torch.unique(asking, return_inverse=True)  # [asked], [triples]
+    if head_everywhere:
+        nodes, where = torch.arange(start), asking
+    targets = torch.tensor([token for _, token, _ in scored], device=device)
+    logits = lm.model(
+        input_ids=torch.tensor([[i for t in tries for i in t.ids]], device=device),  # [1, nodes]
+        position_ids=torch.tensor([[d for t in tries for d in t.depths]], device=device),
+        trie_layout=layout(tries, lm.model.dtype, device),
+        use_cache=False,
+        logits_to_keep=nodes.to(device),  # the output head works only where a token is asked for
+    ).logits[0]  # [asked, vocabulary]
+    values, greedy = [], []
+    # Soft-max in fp32 over a few rows at a time. As log_softmax, not logsumexp: torch's CPU kernels differ by 1e-5 nats
+    # a token, and the reference path and lm-evaluation-harness use this one.
+    for rows, tokens in zip(torch.split(where.to(device), 64), torch.split(targets, 64), strict=True):
+        predictions = logits[rows].float().log_softmax(dim=-1)  # [64, vocabulary]
+        value = predictions.gather(-1, tokens[:, None]).squeeze(-1)
+        values.append(value)
+        greedy.append(value == predictions.amax(dim=-1))
+    return Forward(scored, torch.cat(values).tolist(), torch.cat(greedy).tolist(), len(nodes))

@@ -1,0 +1,111 @@
+"""Token tries: what several sequences share is computed once.
+
+    four endings of one question            the same as a trie
+    A man opens | the door and leaves       A ── man ── opens ── the ── door ── and
+    A man opens | the door and sings                    │        │             ├ predicts leaves
+    A man opens | the sea                               │        └ predicts    └ predicts sings
+    A man opens | bread                                 └ predicts  door, sea
+                                                          the, bread
+    23 tokens                               6 nodes
+
+A node stands at the position of its depth and attends to its ancestors alone, so its hidden state is that of the plain
+sequence: sharing is exact. The last token of a sequence predicts nothing that is asked for and needs no node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmlab.scoring.encode import Sequence
+
+
+@dataclass(frozen=True)
+class Trie:
+    """The nodes of a trie in depth-first order, parents before children.
+
+    Attributes:
+        ids: token of each node.
+        depths: its position in every sequence that it belongs to.
+        subtree_ends: node j is an ancestor of node i, or i itself, exactly when j <= i < subtree_ends[j].
+        scored: (node, token, sequence) triples: the node's logits give log p(token), a term of that sequence's sum.
+    """
+
+    ids: list[int]
+    depths: list[int]
+    subtree_ends: list[int]
+    scored: list[tuple[int, int, int]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def build(sequences: list[Sequence], numbers: list[int]) -> Trie:
+    """The trie of some sequences; `numbers` are what `scored` calls them.
+
+    In lexicographic order every sequence leaves the path of the one before it at their longest common prefix, so
+    appending the rest yields the depth-first order, and the nodes left behind are the ends of subtrees.
+    """
+    trie = Trie([], [], [], [])
+    path: list[int] = []  # nodes from the root to the tip
+    before: list[int] = []
+    for sequence, number in sorted(zip(sequences, numbers, strict=True), key=lambda pair: pair[0].ids):
+        tokens = sequence.ids[:-1]
+        shared = _common_prefix(before, tokens)
+        _close(trie, path, shared)
+        for depth in range(shared, len(tokens)):
+            path.append(len(trie.ids))
+            trie.ids.append(tokens[depth])
+            trie.depths.append(depth)
+            trie.subtree_ends.append(0)
+        trie.scored.extend((path[k - 1], sequence.ids[k], number) for k in range(sequence.n_context, len(sequence.ids)))
+        before = tokens
+    _close(trie, path, 0)
+    return trie
+
+
+def question_tries(sequences: list[Sequence], *, share_endings: bool = True) -> list[Trie]:
+    """One trie a question, in the order of the questions.
+
+    `share_endings=False` shares only the context: the ablation's "redundant token sharing".
+    """
+    groups: dict[int, list[int]] = {}
+    for number, sequence in enumerate(sequences):
+        groups.setdefault(sequence.question, []).append(number)
+    make = build if share_endings else _star
+    return [make([sequences[n] for n in numbers], numbers) for numbers in groups.values()]
+
+
+def _star(sequences: list[Sequence], numbers: list[int]) -> Trie:
+    """The context once and every ending on a branch of its own."""
+    n_context = min(s.n_context for s in sequences)
+    while any(s.ids[:n_context] != sequences[0].ids[:n_context] for s in sequences):
+        n_context -= 1
+    trie = Trie(sequences[0].ids[:n_context], list(range(n_context)), [0] * n_context, [])
+    for sequence, number in zip(sequences, numbers, strict=True):
+        first = len(trie.ids)
+        branch = sequence.ids[n_context:-1]
+        trie.ids.extend(branch)
+        trie.depths.extend(range(n_context, n_context + len(branch)))
+        trie.subtree_ends.extend([len(trie.ids)] * len(branch))
+        nodes = [*range(n_context), *range(first, len(trie.ids))]
+        trie.scored.extend(
+            (nodes[k - 1], sequence.ids[k], number) for k in range(sequence.n_context, len(sequence.ids))
+        )
+    trie.subtree_ends[:n_context] = [len(trie.ids)] * n_context
+    return trie
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length
+
+
+def _close(trie: Trie, path: list[int], shared: int) -> None:
+    """Leave the path behind its first `shared` nodes: their subtrees end here."""
+    for node in path[shared:]:
+        trie.subtree_ends[node] = len(trie.ids)
+    del path[shared:]
