@@ -63,6 +63,25 @@ def plan_table(title: str, frame: pd.DataFrame) -> Table:
     return table
 
 
+def ablation_table(steps: list[dict[str, Any]]) -> Table:
+    """The ablation's steps, each keeping the ones before it."""
+    table = Table(title="ablation (every step keeps the ones before it)", title_justify="left")
+    for column in ("step", "dtype", "tokens", "padding", "seconds", "speed", "MFU", "max |Δ|"):
+        table.add_column(column, justify="left" if column in ("step", "dtype") else "right")
+    for step in steps:
+        table.add_row(
+            escape(step["step"]),
+            step["dtype"],
+            f"{step['tokens']:,}",
+            f"{step['padding']:.1%}",
+            f"{step['seconds']:.2f}",
+            f"{step['speedup']:.2f}x",
+            f"{step['mfu']:.0%}",
+            f"{step['max_abs_delta']:.1g}",
+        )
+    return table
+
+
 def doctor_table(found: dict[str, Any]) -> Table:
     """The inventory of measure.environment as one table."""
     machine = found["hardware"]

@@ -1,0 +1,34 @@
+"""Peak memory of a piece of work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+STATUS = Path("/proc/self/status")
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that `run` needed at its peak above what was in use before; None where the system cannot tell.
+
+    On CUDA what torch's allocator handed out; on Linux the process's resident memory, whose high-water mark the kernel
+    resets on request.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = psutil.Process().memory_info().rss
+    run()
+    for line in STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return max(0, int(line.split()[1]) * 1024 - before)
+    return None
