@@ -16,7 +16,6 @@ import torch
 
 from llmlab.data import Question
 from llmlab.measure.clock import compare
-from llmlab.measure.roofline import Peaks
 from llmlab.model import LM
 from llmlab.scoring import reference, shared
 from llmlab.scoring.attention import tries_attend
@@ -39,7 +38,7 @@ class Step:
 
 
 def ablation(
-    lm: LM, half: LM, questions: list[Question], peaks: dict[str, Peaks], *, min_runs: int = 3
+    lm: LM, half: LM, questions: list[Question], matmul_rates: dict[str, float], *, min_runs: int = 3
 ) -> pd.DataFrame:
     """Time every step interleaved.
 
@@ -47,7 +46,7 @@ def ablation(
         lm: the model in fp32 (or the dtype that counts as exact).
         half: the same model in bf16 or fp16.
         questions: what to score.
-        peaks: measured limits by dtype, for MFU.
+        matmul_rates: measured FLOP/s of the model's own matmuls by dtype, for MFU.
         min_runs: counted rounds.
 
     Returns:
@@ -78,7 +77,7 @@ def ablation(
                 "low": low,
                 "high": high,
                 "speedup": median_interval(timings[first].seconds)[0] / seconds,
-                "mfu": step.flops / seconds / peaks[step.dtype].flops.value,
+                "mfu": step.flops / seconds / matmul_rates[step.dtype],
                 "max_abs_delta": max(abs(a - b) for a, b in zip(values[first], values[step.name], strict=True)),
             }
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from llmlab.data import Question
 from llmlab.errors import InputError
