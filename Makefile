@@ -9,11 +9,11 @@ STAMP  := $(VENV)/.installed
 .DEFAULT_GOAL := lab
 
 lab: $(STAMP)  ## run the notebooks, write figures/ and report/index.html
-	@echo "== llmlab: running the notebooks (about 3 minutes on 2 cores)"
+	@echo "== llmlab: running the notebooks (about 4 minutes on 2 cores)"
 	@$(BIN)/llmlab report
 
 test: $(STAMP) check  ## lint, types and tests, the notebooks included
-	@echo "== llmlab: tests (about 4 minutes on 2 cores)"
+	@echo "== llmlab: tests (about 5 minutes on 2 cores)"
 	@$(BIN)/python -m pytest
 
 check: $(STAMP)
@@ -39,10 +39,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 	@$(BIN)/llmlab doctor
 
-notebooks: $(STAMP)  ## execute the committed notebooks in place
+notebooks: $(STAMP)  ## execute the committed notebooks in place; progress bars keep their last line alone
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
-	  --CoalesceStreamsPreprocessor.enabled=True --ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=ERROR \
-	  notebooks/[0-9]*.ipynb
+	  --ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=ERROR notebooks/[0-9]*.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True notebooks/[0-9]*.ipynb
 
 constraints: $(STAMP)  ## pin what is installed now
 	{ echo "# Exact versions with which the lab is tested (Python 3.11, Linux): make constraints writes this file."; \

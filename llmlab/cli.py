@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmlab.cli_bench import bench, challenge
 from llmlab.errors import InputError
+from llmlab.options import (
+    BatchSize,
+    BitsAndBytes,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Revision,
+    TrustRemoteCode,
+    check_outputs,
+    finish,
+    load_model,
+    read_rows,
+)
 from llmlab.paths import home
-from llmlab.terminal import ablation_table, check_file, console, doctor_table, plan_table, print_metrics, write_json
+from llmlab.terminal import check_file, console, doctor_table, plan_table, print_metrics, write_json
 
 if TYPE_CHECKING:
-    from llmlab.data import Question
     from llmlab.lab.report import Run
     from llmlab.model import LM
 
@@ -27,14 +40,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Model = Annotated[str, typer.Option(help="smollm2 (built in), a Hub id, a folder, a .gguf file or random:SHAPE.")]
-Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; by default what suits the device.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")]
-BitsAndBytes = Annotated[str | None, typer.Option(help="Quantize at load: int8 or nf4.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a Hub model.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result and its record to this file.")]
-BatchSize = Annotated[int, typer.Option(help="Rows in one forward pass.")]
 
 
 @app.command(epilog="Example: llmlab score --model smollm2 --data everyday --limit 40 --json out.json")
@@ -52,15 +57,22 @@ def score(
     json_file: Json = None,
 ) -> None:
     """Score multiple-choice questions: acc, acc_norm (per character) and acc_norm_token (per token)."""
-    _check_outputs(json_file)
+    check_outputs(json_file)
+    from llmlab.scoring.encode import encode
+    from llmlab.scoring.score import check_options
     from llmlab.scoring.score import score as run
 
-    questions = _questions(data, limit)
-    lm, seconds_load = _load(model, dtype, device, bitsandbytes, revision, trust_remote_code)
+    check_options(method, batch_size)
+    questions = read_rows(data, limit)
+
+    def fits(lm: LM) -> None:
+        encode(lm, questions)
+
+    lm, seconds_load = load_model(model, dtype, device, bitsandbytes, revision, trust_remote_code, fits)
     result = run(lm, questions, method=method, batch_size=batch_size)
     result = replace(result, seconds_total=seconds_load + result.seconds_total)
     print_metrics(f"{lm.name} on {result.n} questions of {result.task}", result.metrics(), result.protocol)
-    _finish(lm, result, {"seconds_load": seconds_load}, json_file)
+    finish(lm, result, {"seconds_load": seconds_load}, json_file)
 
 
 @app.command(epilog="Example: llmlab perplexity --model smollm2 --text book.txt --context 512 --json out.json")
@@ -79,17 +91,22 @@ def perplexity(
     json_file: Json = None,
 ) -> None:
     """Perplexity of a text over sliding windows; the protocol is printed beside the number."""
-    _check_outputs(json_file)
+    check_outputs(json_file)
     from llmlab import data as sources
+    from llmlab.scoring.perplexity import check_protocol
     from llmlab.scoring.perplexity import perplexity as run
 
     content = sources.wikitext("test") if text is None else sources.read_text(text)
-    lm, seconds_load = _load(model, dtype, device, bitsandbytes, revision, trust_remote_code)
+
+    def fits(lm: LM) -> None:
+        check_protocol(lm, context, stride, max_windows, batch_size)
+
+    lm, seconds_load = load_model(model, dtype, device, bitsandbytes, revision, trust_remote_code, fits)
     result = run(lm, content, context=context, stride=stride, max_windows=max_windows, batch_size=batch_size)
     name = "wikitext-2 test" if text is None else text.name
     result = replace(result, data=name, seconds_total=seconds_load + result.seconds_total)
     print_metrics(f"{lm.name} on {name}", result.metrics(), result.protocol)
-    _finish(lm, result, {"seconds_load": seconds_load}, json_file)
+    finish(lm, result, {"seconds_load": seconds_load}, json_file)
 
 
 @app.command(epilog="Example: llmlab generate --model smollm2 --prompt 'The capital of France is' --max-new-tokens 16")
@@ -112,9 +129,9 @@ def generate(
     json_file: Json = None,
 ) -> None:
     """Continue prompts, greedily or by sampling. Without --prompt and --prompts: the built-in prompts."""
-    _check_outputs(json_file)
+    check_outputs(json_file)
     from llmlab import data as sources
-    from llmlab.decoding.generate import check_settings
+    from llmlab.decoding.generate import check_settings, encode_prompts
     from llmlab.decoding.generate import generate as run
 
     if prompt and prompts:
@@ -123,7 +140,11 @@ def generate(
         p.text for p in (sources.read_prompts(prompts, limit=limit) if prompts else sources.prompts(limit=limit))
     ]
     check_settings(texts, max_new_tokens, temperature, top_p, batch_size)
-    lm, seconds_load = _load(model, dtype, device, bitsandbytes, revision, trust_remote_code)
+
+    def fits(lm: LM) -> None:
+        encode_prompts(lm, texts, max_new_tokens=max_new_tokens, chat=chat)
+
+    lm, seconds_load = load_model(model, dtype, device, bitsandbytes, revision, trust_remote_code, fits)
     result = run(
         lm,
         texts,
@@ -140,7 +161,7 @@ def generate(
         console.print(completion.prompt, style="dim", markup=False, highlight=False)
         console.print(completion.text, markup=False, highlight=False)
     print_metrics(f"{lm.name}, {result.n} prompts", result.metrics(), result.protocol)
-    _finish(lm, result, {"seconds_load": seconds_load}, json_file)
+    finish(lm, result, {"seconds_load": seconds_load}, json_file)
 
 
 @app.command(epilog="Example: llmlab plan --model opt-30b --devices 4 --memory 32GiB")
@@ -210,35 +231,8 @@ def report(
         raise typer.Exit(1)
 
 
-bench = typer.Typer(help="Measure against the peers, interleaved in one process.", no_args_is_help=True)
+app.command(epilog="Example: llmlab challenge --model smollm2 --data everyday --json out.json")(challenge)
 app.add_typer(bench, name="bench")
-
-
-@bench.command("scoring", epilog="Example: llmlab bench scoring --data everyday --limit 40 --json out.json")
-def bench_scoring(
-    model: Model = "smollm2",
-    data: Annotated[str, typer.Option(help="everyday (built in), hellaswag, or a JSON Lines file.")] = "everyday",
-    limit: Annotated[int | None, typer.Option(help="Use the first N questions.")] = None,
-    repeats: Annotated[int, typer.Option(help="Counted rounds, interleaved.")] = 5,
-    device: Device = None,
-    json_file: Json = None,
-) -> None:
-    """Shared-prefix scoring against lm-evaluation-harness at its best batch size, with the ablation (about 12 s a
-    question for the built-in model on 2 cores)."""
-    _check_outputs(json_file)
-    from llmlab.measure import bench_scoring as bench_module
-
-    if repeats < 1:
-        raise InputError(f"{repeats} repeats: give a positive number.")
-    questions = _questions(data, limit)
-    lm, _ = _load(model, None if device else "fp32", device, None, None, False)
-    half, _ = _load(model, "bf16" if lm.dtype != "fp16" else "fp16", device, None, None, False)
-    with console.status(f"{len(questions)} questions, {repeats} rounds of five candidates, then the ablation"):
-        result = bench_module.bench_scoring(lm, half, questions, repeats=repeats)
-    measured = bench_module.measurement(result)
-    print_metrics(f"{model} on {len(questions)} questions of {data}", measured.metrics(), measured.protocol)
-    console.print(ablation_table(result["ablation"]))
-    _finish(lm, measured, result, json_file, warmup=1, repeats=repeats)
 
 
 @app.command(epilog="Example: llmlab doctor --json doctor.json")
@@ -271,50 +265,6 @@ def main() -> None:
 def _complain(sentence: str, status: int) -> int:
     print(f"llmlab: {sentence}", file=sys.stderr)
     return status
-
-
-def _check_outputs(json_file: Path | None) -> None:
-    """Everything that is written at the end must be writable at the beginning."""
-    check_file(json_file)
-    from llmlab.measure.record import check_store
-
-    check_store()
-
-
-def _questions(data: str, limit: int | None) -> list[Question]:
-    from llmlab import data as sources
-
-    if data == "everyday":
-        return sources.everyday(limit)
-    if data == "hellaswag":
-        return sources.hellaswag(limit)
-    return sources.read_questions(data, limit=limit)
-
-
-def _load(
-    model: str, dtype: str | None, device: str | None, bitsandbytes: str | None, revision: str | None, trust: bool
-) -> tuple[LM, float]:
-    from llmlab.model import load
-
-    begin = time.perf_counter()
-    with console.status(f"loading {model}"):
-        lm = load(
-            model,
-            dtype=dtype,
-            device=device,
-            bitsandbytes=bitsandbytes,
-            revision=revision,
-            trust_remote_code=trust,
-        )
-    return lm, time.perf_counter() - begin
-
-
-def _finish(lm: LM, result: Any, extra: dict[str, Any], json_file: Path | None, **how: Any) -> None:
-    from llmlab.measure.record import append, describe
-
-    record = append(describe(lm, result, **how))
-    own = result.as_dict() if hasattr(result, "as_dict") else {}
-    write_json(json_file, own | extra | {"record": record.as_dict()})
 
 
 def _parameters(pairs: list[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +96,7 @@ def load(
     seed: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    check: Callable[[LM], object] | None = None,
 ) -> LM:
     """Load a model for inference.
 
@@ -109,6 +110,8 @@ def load(
         seed: of the random weights.
         revision: Hub branch, tag or commit.
         trust_remote_code: run code that comes with a Hub model; off unless asked.
+        check: called with the LM when its tokenizer and card are there but no weight has been read (`model` is None);
+            it may raise InputError for texts that do not fit this model.
 
     Raises:
         InputError: before any weight is read, if the name, a file, the dtype, the device or an option is unusable.
@@ -132,18 +135,22 @@ def load(
     if source.kind == "random":
         return LM(_random_model(config, dtype, where, seed), None, card, name, revision=f"seed:{seed}")
     with _quiet_loading(unless=card.bytes >= 4e9):
-        model = _read_weights(source, dtype, where, bitsandbytes, revision, trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(
             **source.transformers_args, revision=revision, trust_remote_code=trust_remote_code
         )
-    return LM(
-        model.eval().requires_grad_(False),
-        tokenizer,
-        card,
-        name,
-        revision=getattr(config, "_commit_hash", None) or local_revision,
-        transformation=f"bitsandbytes-{bitsandbytes}" if bitsandbytes else "none",
-    )
+        lm = LM(
+            None,
+            tokenizer,
+            card,
+            name,
+            revision=getattr(config, "_commit_hash", None) or local_revision,
+            transformation=f"bitsandbytes-{bitsandbytes}" if bitsandbytes else "none",
+        )
+        if check:
+            check(lm)
+        model = _read_weights(source, dtype, where, bitsandbytes, revision, trust_remote_code)
+    lm.model = model.eval().requires_grad_(False)
+    return lm
 
 
 def model_card(name: str, *, dtype: str = "fp16") -> ModelCard:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -92,8 +93,8 @@ def test_doctor(run, tmp_path):
 
 
 def test_every_verb_has_help_with_an_example(run):
-    for verb in ("score", "perplexity", "generate", "plan", "report", "doctor"):
-        status, shown, _ = run(verb, "--help")
+    for verb in ("score", "perplexity", "generate", "plan", "bench scoring", "challenge", "report", "doctor"):
+        status, shown, _ = run(*verb.split(), "--help")
         assert status == 0
         assert f"Example: llmlab {verb}" in shown
 
@@ -119,6 +120,10 @@ def test_every_verb_has_help_with_an_example(run):
         (("plan", "--model", "opt-31b"), "unknown model 'opt-31b'"),
         (("plan", "--model", "opt-30b", "--memory", "much"), "write it like 32GiB"),
         (("plan",), "--model"),
+        (("score", "--method", "fast"), "unknown method 'fast'"),
+        (("bench", "scoring", "--repeats", "0"), "0 repeats"),
+        (("challenge", "--model", "random:gpt-5"), "known shapes"),
+        (("challenge", "--model", "random:opt-125m", "--limit", "0"), "limit 0"),
         (("report", "nothing"), "no notebook 'nothing'"),
         (("report", "-p", "limit"), "write NAME=VALUE"),
     ],
@@ -138,12 +143,33 @@ def test_a_bad_row_names_its_line(run, rows_file):
     assert "line 4: the label must be 0, 1, 2 or 3, got 7" in errors
 
 
-def test_a_row_longer_than_the_context_is_bad_input(run, rows_file, tiny_folders):
+@pytest.fixture
+def without_weights(tiny_folders, tmp_path):
+    """A model folder whose weights are gone: what is refused from it was refused before they were read."""
+    folder = tmp_path / "without-weights"
+    shutil.copytree(tiny_folders["llama"], folder)
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def test_a_row_longer_than_the_context_is_refused_before_the_weights_are_read(run, rows_file, without_weights):
     rows_file.write_text(json.dumps(ROW | {"ctx": "word " * 400}) + "\n")
-    status, _, errors = run("score", "--model", tiny_folders["llama"], "--data", rows_file)
+    status, _, errors = run("score", "--model", without_weights, "--data", rows_file)
     assert status == 2
     assert "question 0" in errors
     assert "more than the context of 256 tokens" in errors
+
+
+def test_prompts_and_windows_are_checked_before_the_weights_are_read(run, without_weights, tmp_path):
+    status, _, errors = run("generate", "--model", without_weights, "--prompt", "word " * 400)
+    assert status == 2
+    assert "prompt 0 has" in errors
+    (tmp_path / "text.txt").write_text("some text")
+    status, _, errors = run(
+        "perplexity", "--model", without_weights, "--text", tmp_path / "text.txt", "--context", 9999
+    )
+    assert status == 2
+    assert "choose 2 to 256 tokens" in errors
 
 
 def test_records_that_cannot_be_written_stop_the_run_before_it_starts(run, rows_file, monkeypatch, tmp_path):

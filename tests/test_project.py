@@ -45,7 +45,7 @@ FLOORS = [
     {"scoring", "quantization", "sharding", "decoding"},
     {"measure"},
     {"lab"},
-    {"terminal", "cli"},
+    {"terminal", "options", "cli_bench", "cli"},
 ]
 SIDE_BY_SIDE = FLOORS[1]  # know one another only through LM and plain tensors
 

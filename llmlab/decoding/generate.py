@@ -132,14 +132,7 @@ def generate(
     """
     check_settings(prompts, max_new_tokens, temperature, top_p, batch_size)
     begin = time.perf_counter()
-    # A chat template already writes the special tokens.
-    encoded = [_encode(lm, lm.chat(p), special=False) if chat else lm.encode(p) for p in prompts]
-    for index, ids in enumerate(encoded):
-        if not ids or len(ids) + max_new_tokens > lm.card.context_length:
-            raise InputError(
-                f"prompt {index} has {len(ids)} tokens: with {max_new_tokens} new ones it must hold 1 to "
-                f"{lm.card.context_length} tokens, the context of {lm.name}."
-            )
+    encoded = encode_prompts(lm, prompts, max_new_tokens=max_new_tokens, chat=chat)
     generator = torch.Generator(device=lm.device).manual_seed(seed)
     produced: list[list[int]] = []
     prefills, decodes = [], []
@@ -173,6 +166,19 @@ def generate(
         batch_size=batch_size,
         seed=seed,
     )
+
+
+def encode_prompts(lm: LM, prompts: list[str], *, max_new_tokens: int, chat: bool) -> list[list[int]]:
+    """Token ids of each prompt. Raises InputError for one that is empty or leaves no room in the model's context."""
+    # A chat template already writes the special tokens.
+    encoded = [_encode(lm, lm.chat(p), special=False) if chat else lm.encode(p) for p in prompts]
+    for index, ids in enumerate(encoded):
+        if not ids or len(ids) + max_new_tokens > lm.card.context_length:
+            raise InputError(
+                f"prompt {index} has {len(ids)} tokens: with {max_new_tokens} new ones it must hold 1 to "
+                f"{lm.card.context_length} tokens, the context of {lm.name}."
+            )
+    return encoded
 
 
 @torch.inference_mode()

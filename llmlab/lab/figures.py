@@ -214,6 +214,89 @@ def module_shares(tables: dict[str, pd.DataFrame], title: str) -> Figure:
     return figure
 
 
+def waterfall(steps: pd.DataFrame, title: str) -> Figure:
+    """Seconds of each step of an ablation, every step keeping the ones before it; what it saved, dimmed.
+
+    Args:
+        steps: from `measure.ablation`: `step`, `seconds`, `low`, `high`, `tokens`.
+        title: the figure's message.
+    """
+    with style():
+        figure, axes = plt.subplots(figsize=(7, 0.9 + 0.42 * len(steps)))
+        columns = zip(*(steps[c].astype(float) for c in ("seconds", "low", "high")), strict=True)
+        first = before = float(steps["seconds"].iloc[0])
+        for row, (seconds, low, high) in enumerate(columns):
+            if before > seconds:
+                axes.barh(row, before - seconds, left=seconds, color="#DDE7EE", height=0.62)
+            axes.barh(row, seconds, color=BLUE, height=0.62)
+            axes.plot([low, high], [row, row], color="black", linewidth=1.2)
+            axes.annotate(
+                f"{seconds:.1f} s, {first / seconds:.2f}x", (max(seconds, before, high), row), (6, 0),
+                textcoords="offset points", va="center", size=8.5,
+            )  # fmt: skip
+            before = seconds
+        axes.set_yticks(range(len(steps)), steps["step"])
+        axes.invert_yaxis()
+        axes.set_xlim(0, float(steps[["seconds", "high"]].max().max()) * 1.25)
+        axes.set_xlabel("seconds; black: range of the repeats' median (95 %); light: saved by the step")
+        axes.grid(axis="y", visible=False)
+        axes.set_title(title)
+    return figure
+
+
+def trie(tokens: Sequence[str], depths: Sequence[int], parents: Sequence[int], n_context: int, title: str) -> Figure:
+    """The trie of one question below its context: a node a token, lines to their parents.
+
+    Args:
+        tokens, depths, parents: of every node, depth-first; a root's parent is -1.
+        n_context: nodes of the context; only its last one is drawn.
+        title: the figure's message.
+    """
+    with style():
+        shown = [k for k in range(len(tokens)) if k >= n_context - 1]
+        children = {k: [c for c in shown if parents[c] == k] for k in shown}
+        rows: dict[int, float] = {}
+        leaves = 0
+        for k in reversed(shown):  # children before parents
+            mine = [rows[c] for c in children[k]]
+            rows[k] = sum(mine) / len(mine) if mine else float(leaves)
+            leaves += not mine
+        figure, axes = plt.subplots(figsize=(9.5, 0.9 + 0.55 * leaves))
+        for k in shown:
+            x, y = depths[k] - n_context + 1, rows[k]
+            if k != shown[0]:
+                axes.plot([x - 1, x - 0.6, x], [rows[parents[k]], y, y], color=GREY, linewidth=0.8, zorder=1)
+            label = tokens[k].strip() if k != shown[0] else f"… {tokens[k].strip()}"
+            box = {
+                "boxstyle": "round,pad=0.25",
+                "facecolor": "#DDE7EE" if k == shown[0] else "white",
+                "edgecolor": BLUE,
+            }
+            axes.text(x, y, label, ha="center", va="center", size=8, bbox=box, zorder=2)
+        axes.set_xlim(-0.8, max(depths) - n_context + 1.8)
+        axes.set_ylim(-0.7, leaves - 0.3)
+        axes.set_axis_off()
+        axes.set_title(title)
+    return figure
+
+
+def mask(visible: np.ndarray[Any, Any], n_context: int, title: str) -> Figure:
+    """Which node (row) sees which node (column): dark where it does. `visible`: [nodes, nodes] bool."""
+    with style():
+        figure, axes = plt.subplots(figsize=(4.6, 4.6))
+        axes.imshow(visible, cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest")
+        axes.axhline(n_context - 0.5, color=ORANGE, linewidth=1)
+        axes.axvline(n_context - 0.5, color=ORANGE, linewidth=1)
+        axes.annotate(
+            "context", (n_context / 2, 0), (0, 4), textcoords="offset points", ha="center", size=8, color=ORANGE
+        )
+        axes.set_xlabel("node that is seen (key)")
+        axes.set_ylabel("node that looks (query)")
+        axes.grid(visible=False)
+        axes.set_title(title, pad=14)
+    return figure
+
+
 def roofline(peaks: Sequence[Peaks], points: pd.DataFrame, title: str) -> Figure:
     """The measured roofline of a device with what was reached under it.
 

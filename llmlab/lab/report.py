@@ -20,7 +20,9 @@ from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
 from llmlab.errors import InputError
+from llmlab.measure.challenge import Submission
 from llmlab.measure.environment import cpu_name, git_commit, gpus, hardware, versions
+from llmlab.measure.record import Record
 from llmlab.paths import PACKAGE, atomic, check_writable, home
 
 TEMPLATES = PACKAGE / "lab" / "templates"
@@ -177,6 +179,15 @@ def write_index(runs: Sequence[Run], output: Path, *, seconds: float, since: flo
     with atomic(output / "index.html") as path:
         path.write_text(page, encoding="utf-8")
     return output / "index.html"
+
+
+def write_challenge_page(submission: Submission, record: Record, output: Path) -> Path:
+    """One page about one run of the challenge's job: challenge.html in `output`."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
+    page = environment.get_template("challenge.html.j2").render(submission=submission, record=record)
+    with atomic(output / "challenge.html") as path:
+        path.write_text(page, encoding="utf-8")
+    return output / "challenge.html"
 
 
 def _copy_figures(output: Path, since: float) -> list[dict[str, str]]:

@@ -122,8 +122,8 @@ def perplexity(
         InputError: a protocol that makes no sense, or too short a text.
         NumericalError: a window's likelihood is not finite.
     """
+    check_protocol(lm, context, stride, max_windows, batch_size)
     stride = context if stride is None else stride
-    _check_protocol(lm, context, stride, max_windows, batch_size)
     begin = time.perf_counter()
     ids = torch.tensor(lm.encode(text))  # [tokens]
     if len(ids) < 2:
@@ -160,7 +160,9 @@ def _token_nll(lm: LM, batch: torch.Tensor) -> torch.Tensor:
     return losses.view(len(batch), -1).cpu()
 
 
-def _check_protocol(lm: LM, context: int, stride: int, max_windows: int | None, batch_size: int) -> None:
+def check_protocol(lm: LM, context: int, stride: int | None, max_windows: int | None, batch_size: int) -> None:
+    """Raise InputError for windows that make no sense for this model; needs no weights."""
+    stride = context if stride is None else stride
     if not 2 <= context <= lm.card.context_length:
         raise InputError(f"context {context}: choose 2 to {lm.card.context_length} tokens, the context of {lm.name}.")
     if not 1 <= stride <= context:

@@ -142,10 +142,7 @@ def score(lm: LM, questions: list[Question], *, method: str = "shared", batch_si
     """
     if not questions:
         raise InputError("there are no questions to score: give at least one.")
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}.")
-    if batch_size < 1:
-        raise InputError(f"batch size {batch_size}: give a positive number.")
+    check_options(method, batch_size)
     begin = time.perf_counter()
     sequences = encode(lm, questions)
     table: list[list[float]] = [[float("nan")] * len(q.endings) for q in questions]
@@ -190,6 +187,14 @@ def score(lm: LM, questions: list[Question], *, method: str = "shared", batch_si
         seconds_inference=end_inference - begin_inference,
         seconds_total=time.perf_counter() - begin,
     )
+
+
+def check_options(method: str, batch_size: int) -> None:
+    """Raise InputError for options that make no sense; needs no model."""
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}.")
+    if batch_size < 1:
+        raise InputError(f"batch size {batch_size}: give a positive number.")
 
 
 def _argmax_per(values: list[float], lengths: list[int]) -> int:

@@ -1,0 +1,148 @@
+"""The ablation, the benchmark and the challenge run on small models and say what they should."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import llmlab
+from llmlab import InputError
+from llmlab.measure.ablation import ablation, branch_and_bound, last_layer_pruned
+from llmlab.measure.bench_scoring import bench_scoring, best_batch_size, measurement, own_matmuls
+from llmlab.measure.challenge import ENDING_TOKENS, QUESTION_TOKENS, challenge, synthetic_sequences
+from llmlab.measure.memory import peak_bytes
+from llmlab.scoring import shared
+from llmlab.scoring.attention import tries_attend
+from llmlab.scoring.encode import encode
+from llmlab.scoring.trie import question_tries
+
+
+@pytest.fixture(scope="module")
+def half(tiny_folders):
+    return llmlab.load(str(tiny_folders["llama"]), dtype="bf16")
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_folders):
+    return llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
+
+
+def test_every_exact_step_of_the_ablation_gives_the_same_answers(llama, half, rows):
+    steps = ablation(llama, half, rows[:6], {"fp32": 1e9, "bf16": 1e9}, min_runs=2)
+    assert list(steps["step"]) == [
+        "arrival order, batches of 8", "sorted by length", "length-profiled batches", "shared question", "token trie",
+        "answer-only head", "last layer pruned", "bf16",
+    ]  # fmt: skip
+    assert (steps["max_abs_delta"][:7] < 1e-3).all()
+    assert steps["max_abs_delta"][7] > 1e-3  # bf16 is another arithmetic
+    assert steps["tokens"][0] > steps["tokens"][3] >= steps["tokens"][4] == steps["tokens"][6]
+    assert (steps["padding"][3:] == 0).all()
+    assert steps["padding"][1] <= steps["padding"][0]
+    assert (steps["seconds"] > 0).all()
+
+
+def test_pruning_the_last_layer_is_exact_and_undone(smollm2, rows):
+    tries = question_tries(encode(smollm2, rows[50:52]))
+    layer = smollm2.model.base_model.layers[-1]
+    with tries_attend(smollm2):
+        plain = shared.forward(smollm2, tries)
+        with last_layer_pruned(smollm2, tries):
+            assert "forward" in vars(layer.mlp)
+            pruned = shared.forward(smollm2, tries)
+    assert "forward" not in vars(layer.mlp)
+    assert pruned.log_probs == pytest.approx(plain.log_probs, abs=1e-4)
+
+
+def test_branch_and_bound_counts_by_hand(llama):
+    question = llmlab.Question("A", ("b c d e", "f"), 0)
+    sequences = encode(llama, [question])
+    terms = []
+    for s in sequences:
+        logits = llama.model(torch.tensor([s.ids])).logits[0].log_softmax(-1)
+        terms.append([float(logits[k - 1, s.ids[k]]) for k in range(s.n_context, len(s.ids))])
+    totals = [sum(t) for t in terms]
+    saved = 0
+    for values, total in zip(terms, totals, strict=True):
+        partial = np.cumsum(values)
+        if total < max(totals):
+            saved += len(values) - 1 - int(np.argmax(partial < max(totals)))
+    nodes = len(question_tries(sequences)[0])
+    assert branch_and_bound(llama, [question])["acc"] == pytest.approx(saved / nodes)
+
+
+def test_own_matmuls_are_the_decoder_layers(llama):
+    run, flops = own_matmuls(llama, rows=10)
+    run()
+    assert flops == 2 * 10 * llama.card.linear_parameters
+
+
+def test_bench_scoring_reports_what_it_promises(llama, half, rows):
+    result = bench_scoring(llama, half, rows[:4], repeats=2)
+    assert result["prediction_agreement"] == 1.0
+    assert result["max_abs_delta_log_prob"] < 5e-4
+    assert result["tokens_shared"] < result["tokens_full"]
+    assert result["lm_eval_batch_size"] in result["lm_eval_tuning_seconds"]
+    assert {len(seconds) for seconds in result["seconds_all"].values()} == {2}
+    assert set(result) >= {
+        "speedup_vs_lm_eval", "speedup_bf16", "speedup_bf16_vs_lm_eval_fp32", "prediction_agreement",
+        "max_abs_delta_log_prob", "mfu", "tokens_full", "tokens_shared", "ablation", "peak_bytes_above_weights",
+    }  # fmt: skip
+    json.dumps(result)
+    measured = measurement(result).metrics()
+    assert measured["speedup_vs_lm_eval"].low <= measured["speedup_vs_lm_eval"].value
+
+
+def test_the_baseline_is_tuned(llama, rows):
+    size, seconds = best_batch_size(llama, rows[:3], min_runs=1)
+    assert seconds[size] == min(seconds.values())
+    assert set(seconds) == {1, 4, 8, 16, 32}
+
+
+def test_peak_memory_sees_what_was_allocated():
+    peak = peak_bytes(lambda: torch.ones(50_000_000).sum(), torch.device("cpu"))
+    assert peak is None or 150e6 < peak < 400e6
+
+
+def test_synthetic_lengths_follow_the_published_table():
+    sequences = synthetic_sequences(2000, 32_000)
+    contexts = np.array([s.n_context for s in sequences if s.ending == 0])
+    endings = np.array([s.n_ending for s in sequences])
+    for lengths, (low, high, mean, deviation) in ((contexts, QUESTION_TOKENS), (endings, ENDING_TOKENS)):
+        assert low <= lengths.min() <= lengths.max() <= high
+        assert lengths.mean() == pytest.approx(mean, rel=0.05)
+        assert lengths.std() == pytest.approx(deviation, rel=0.1)
+    whole = sum(map(len, question_tries(sequences))) / 2000
+    assert whole == pytest.approx(189 - 4, rel=0.03)  # "question + its four endings" less the four last tokens
+
+
+def test_challenge_without_weights_gives_the_speed_part():
+    lm, submission = challenge("random:opt-125m", None, limit=3, layers=2)
+    assert lm.card.layers == submission.layers == 2
+    assert submission.accuracy == {}
+    assert submission.synthetic
+    assert submission.seconds_total > submission.seconds_inference > 0
+    assert submission.metrics()["flops"].value > 0
+    with pytest.raises(InputError, match="no questions"):
+        challenge("smollm2", None)
+
+
+def test_challenge_from_the_command_line(monkeypatch, capsys, tmp_path):
+    from llmlab.cli import main
+
+    out = tmp_path / "out.json"
+    arguments = ["challenge", "--data", "everyday", "--limit", "2", "--output", str(tmp_path), "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["llmlab", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    assert "track exact" in " ".join(capsys.readouterr().out.split())
+    result = json.loads(out.read_text())
+    assert result["n"] == 2
+    assert result["track"] == "exact"
+    assert result["seconds_total"] > result["seconds_inference"]
+    assert {"acc", "acc_norm", "acc_norm_token", "record", "log_probs"} <= set(result)
+    page = (tmp_path / "challenge.html").read_text()
+    assert "2 of 10,042 questions" in page
+    assert "seconds_total" in page
