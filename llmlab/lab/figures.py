@@ -238,7 +238,7 @@ def waterfall(steps: pd.DataFrame, title: str) -> Figure:
         axes.set_yticks(range(len(steps)), steps["step"])
         axes.invert_yaxis()
         axes.set_xlim(0, float(steps[["seconds", "high"]].max().max()) * 1.25)
-        axes.set_xlabel("seconds; black: range of the repeats' median (95 %); light: saved by the step")
+        axes.set_xlabel("seconds (black: 95 % interval of the median; light: saved)")
         axes.grid(axis="y", visible=False)
         axes.set_title(title)
     return figure
