@@ -30,10 +30,10 @@ class Work:
         places: rows times longest trie, over which attention works.
     """
 
-    nodes: int = 0
-    asked: int = 0
-    passes: int = 0
-    places: int = 0
+    nodes: int
+    asked: int
+    passes: int
+    places: int
 
     @property
     def attention_padding(self) -> float:

@@ -1,12 +1,12 @@
 """Token tries: what several sequences share is computed once.
 
-    four endings of one question            the same as a trie
-    A man opens | the door and leaves       A ── man ── opens ── the ── door ── and
-    A man opens | the door and sings                    │        │             ├ predicts leaves
-    A man opens | the sea                               │        └ predicts    └ predicts sings
-    A man opens | bread                                 └ predicts  door, sea
-                                                          the, bread
-    23 tokens                               6 nodes
+    four endings of one question         the same as a trie
+    A man opens | the door and leaves    A ── man ── opens ── the ── door ── and
+    A man opens | the door and sings                   │       │       │      └ predicts leaves, sings
+    A man opens | the sea                              │       │       └ predicts and
+    A man opens | bread                                │       └ predicts door, sea
+                                                       └ predicts the, bread
+    23 tokens                            6 nodes
 
 A node stands at the position of its depth and attends to its ancestors alone, so its hidden state is that of the plain
 sequence: sharing is exact. The last token of a sequence predicts nothing that is asked for and needs no node.
