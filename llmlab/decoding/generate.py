@@ -171,7 +171,7 @@ def generate(
 def encode_prompts(lm: LM, prompts: list[str], *, max_new_tokens: int, chat: bool) -> list[list[int]]:
     """Token ids of each prompt. Raises InputError for one that is empty or leaves no room in the model's context."""
     # A chat template already writes the special tokens.
-    encoded = [_encode(lm, lm.chat(p), special=False) if chat else lm.encode(p) for p in prompts]
+    encoded = [lm.tokenizer.encode(lm.chat(p), add_special_tokens=False) if chat else lm.encode(p) for p in prompts]
     for index, ids in enumerate(encoded):
         if not ids or len(ids) + max_new_tokens > lm.card.context_length:
             raise InputError(
@@ -231,10 +231,6 @@ def _generate_batch(
         input_ids, positions = tokens[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=-1)
     return rows, after_prefill - begin, time.perf_counter() - after_prefill
-
-
-def _encode(lm: LM, text: str, *, special: bool) -> list[int]:
-    return list(lm.tokenizer.encode(text, add_special_tokens=special))
 
 
 def _end_tokens(lm: LM) -> set[int]:

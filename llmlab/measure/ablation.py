@@ -94,7 +94,7 @@ def _steps(lm: LM, half: LM, sequences: list[Sequence]) -> list[Step]:
     budget = profile(lm).budget()
     longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
     tries, stars = question_tries(sequences), question_tries(sequences, share_endings=False)
-    asked = sum(len({node for node, _, _ in trie.scored}) for trie in tries)
+    asked = sum(trie.asked for trie in tries)
     steps = [
         _padded(lm, "arrival order, batches of 8", sequences, _by_count(list(range(len(sequences))), 8)),
         _padded(lm, "sorted by length", sequences, _by_count(longest_first, 8)),

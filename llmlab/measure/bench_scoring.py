@@ -93,7 +93,7 @@ def bench_scoring(lm: LM, half: LM, questions: list[Question], *, repeats: int =
     rates = {dtype: cost / timings[f"matmul {dtype}"].median.value for dtype, (_, cost) in matmuls.items()}
     sequences = encode(lm, questions)
     tries = question_tries(sequences)
-    asked = sum(len({node for node, _, _ in trie.scored}) for trie in tries)
+    asked = sum(trie.asked for trie in tries)
     flops = scoring_flops(lm, tries, asked)
     mfu = {
         model.dtype: flops / timings[name].median.value / rates[model.dtype]

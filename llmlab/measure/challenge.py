@@ -137,7 +137,7 @@ def challenge(
         inference, full, tokens = result.seconds_inference, result.tokens_full, result.tokens
         sequences = encode(lm, questions)
     tries = question_tries(sequences)
-    asked = sum(len({node for node, _, _ in trie.scored}) for trie in tries)
+    asked = sum(trie.asked for trie in tries)
     accuracy = (
         {"acc": result.acc, "acc_norm": result.acc_norm, "acc_norm_token": result.acc_norm_token} if result else {}
     )

@@ -95,7 +95,7 @@ class Passes:
         nodes = asked = 0
         while self.waiting:
             trie = self.waiting[-1]
-            wants = len({node for node, _, _ in trie.scored})
+            wants = trie.asked
             full = nodes + len(trie) > budget or (asked + wants) * self.vocab_size * 4 > LOGIT_BYTES
             if taken and full:
                 break

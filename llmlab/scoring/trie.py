@@ -38,6 +38,11 @@ class Trie:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def asked(self) -> int:
+        """Nodes at which the output head has to work."""
+        return len({node for node, _, _ in self.scored})
+
 
 def build(sequences: list[Sequence], numbers: list[int]) -> Trie:
     """The trie of some sequences; `numbers` are what `scored` calls them.
