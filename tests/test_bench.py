@@ -10,7 +10,7 @@ import torch
 import llmlab
 from llmlab import InputError
 from llmlab.measure.ablation import ablation, branch_and_bound, last_layer_pruned
-from llmlab.measure.bench_scoring import bench_scoring, best_batch_size, measurement, own_matmuls
+from llmlab.measure.bench_scoring import bench_scoring, best_batch_size, measurement, own_matmul_flops, own_matmuls
 from llmlab.measure.challenge import ENDING_TOKENS, QUESTION_TOKENS, challenge, synthetic_sequences
 from llmlab.measure.memory import peak_bytes
 from llmlab.scoring import shared
@@ -29,14 +29,16 @@ def llama(tiny_folders):
     return llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
 
 
-def test_every_exact_step_of_the_ablation_gives_the_same_answers(llama, half, rows):
+@pytest.mark.parametrize("onednn", [True, False])
+def test_every_exact_step_of_the_ablation_gives_the_same_answers(llama, half, rows, onednn, monkeypatch):
+    monkeypatch.setattr("llmlab.matmul.onednn_is_faster", lambda: onednn)
     steps = ablation(llama, half, rows[:6], {"fp32": 1e9, "bf16": 1e9}, min_runs=2)
     assert list(steps["step"]) == [
         "arrival order, batches of 8", "sorted by length", "length-profiled batches", "shared question", "token trie",
-        "answer-only head", "last layer pruned", "bf16",
+        "answer-only head", "last layer pruned", *["oneDNN matmuls"] * onednn, "bf16",
     ]  # fmt: skip
-    assert (steps["max_abs_delta"][:7] < 1e-3).all()
-    assert steps["max_abs_delta"][7] > 1e-3  # bf16 is another arithmetic
+    assert (steps["max_abs_delta"][:-1] < 1e-3).all()
+    assert steps["max_abs_delta"].iloc[-1] > 1e-3  # bf16 is another arithmetic
     assert steps["tokens"][0] > steps["tokens"][3] >= steps["tokens"][4] == steps["tokens"][6]
     assert (steps["padding"][3:] == 0).all()
     assert steps["padding"][1] <= steps["padding"][0]
@@ -73,9 +75,14 @@ def test_branch_and_bound_counts_by_hand(llama):
 
 
 def test_own_matmuls_are_the_decoder_layers(llama):
-    run, flops = own_matmuls(llama, rows=10)
-    run()
-    assert flops == 2 * 10 * llama.card.linear_parameters
+    calls = []
+
+    def matmul(x, weight):
+        calls.append(x.shape[0] * weight.numel())
+        return torch.nn.functional.linear(x, weight)
+
+    own_matmuls(llama, matmul, rows=10)()
+    assert 2 * sum(calls) == own_matmul_flops(llama, rows=10) == 2 * 10 * llama.card.linear_parameters
 
 
 def test_bench_scoring_reports_what_it_promises(llama, half, rows):

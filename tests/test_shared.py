@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import llmlab
 from llmlab.scoring import reference, shared
-from llmlab.scoring.attention import layout
+from llmlab.scoring.attention import ancestor_mask
 from llmlab.scoring.encode import Sequence, encode
 from llmlab.scoring.pack import LOGIT_BYTES, Passes, profile
 from llmlab.scoring.trie import build, question_tries
@@ -66,19 +66,12 @@ def test_shared_equals_reference_for_any_tries_and_budget(tiny, sequences, budge
 
 @settings(max_examples=50, deadline=None)
 @given(sequence_sets())
-def test_the_mask_lets_a_node_see_its_ancestors_and_no_other_trie(sequences):
-    tries = question_tries(sequences)
-    made = layout(tries, torch.float32, torch.device("cpu"))
-    width = max(map(len, tries))
-    assert made.rows.shape == (len(tries), width)
-    assert made.mask.shape == (len(tries), 1, width, width)
-    flat = 0
-    for t, trie in enumerate(tries):
+def test_the_mask_lets_a_node_see_its_ancestors(sequences):
+    for trie in question_tries(sequences):
+        mask = ancestor_mask(trie, torch.float32, torch.device("cpu"))
+        assert mask.shape == (len(trie), len(trie))
         for node, path in enumerate(ancestors(trie)):
-            assert made.rows[t, node] == flat
-            assert made.places[flat] == t * width + node
-            assert (made.mask[t, 0, node] == 0).nonzero().flatten().tolist() == path
-            flat += 1
+            assert (mask[node] == 0).nonzero().flatten().tolist() == path
 
 
 def test_real_rows_shared_equals_reference_in_fp32(smollm2, rows):
@@ -105,7 +98,8 @@ def test_tokens_are_reported(tiny, rows):
     assert result.method == "shared"
     assert result.tokens < result.tokens_full == sum(len(s.ids) for s in encode(tiny, rows[:8]))
     assert f"{result.tokens:,} tokens computed for {result.tokens_full:,}" in result.protocol
-    assert 0 <= result.padding < 1
+    assert result.padding == 0
+    assert 0 < llmlab.score(tiny, rows[:8], method="reference").padding < 1
 
 
 def test_the_example_of_the_trie_module():

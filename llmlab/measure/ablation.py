@@ -1,20 +1,21 @@
 """The challenge's optimizations one by one: what each step saves, and that none changes the answers.
 
 arrival order -> sorted -> length-profiled batches -> shared question -> trie -> answer-only head -> last layer pruned
--> bf16. Every step keeps the ones before it.
+-> oneDNN's matmuls (fp32 on CPU, where they are faster) -> bf16. Every step keeps the ones before it.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
 
 from llmlab.data import Question
+from llmlab.matmul import fastest_matmuls, onednn_helps
 from llmlab.measure.clock import compare
 from llmlab.model import LM
 from llmlab.scoring import reference, shared
@@ -100,16 +101,17 @@ def _steps(lm: LM, half: LM, sequences: list[Sequence]) -> list[Step]:
         _padded(lm, "sorted by length", sequences, _by_count(longest_first, 8)),
         _padded(lm, "length-profiled batches", sequences, _by_tokens(sequences, longest_first, budget)),
     ]
-    for name, model, made, everywhere, pruned in (
-        ("shared question", lm, stars, True, False),
-        ("token trie", lm, tries, True, False),
-        ("answer-only head", lm, tries, False, False),
-        ("last layer pruned", lm, tries, False, True),
-        (half.dtype, half, tries, False, True),
+    for name, model, made, everywhere, pruned, fastest in (
+        ("shared question", lm, stars, True, False, False),
+        ("token trie", lm, tries, True, False, False),
+        ("answer-only head", lm, tries, False, False, False),
+        ("last layer pruned", lm, tries, False, True, False),
+        *([("oneDNN matmuls", lm, tries, False, True, True)] if onednn_helps(lm.model) else []),
+        (half.dtype, half, tries, False, True, True),
     ):
         nodes = sum(map(len, made))
         flops = scoring_flops(model, made, nodes if everywhere else asked)
-        run = _shared(model, made, budget, len(sequences), everywhere, pruned)
+        run = _shared(model, made, budget, len(sequences), everywhere, pruned, fastest)
         steps.append(Step(name, model.dtype, run, nodes, nodes, flops))
     return steps
 
@@ -143,12 +145,12 @@ def _by_tokens(sequences: list[Sequence], order: list[int], budget: int) -> list
 
 
 def _shared(
-    lm: LM, tries: list[Trie], budget: int, count: int, head_everywhere: bool, pruned: bool
+    lm: LM, tries: list[Trie], budget: int, count: int, head_everywhere: bool, pruned: bool, fastest: bool
 ) -> Callable[[], list[float]]:
     def run() -> list[float]:
         totals = [0.0] * count
         waiting = Passes(tries, lm.card.vocab_size)
-        with tries_attend(lm):
+        with tries_attend(lm), fastest_matmuls(lm.model) if fastest else nullcontext():
             while waiting.waiting:
                 batch = waiting.take(budget)
                 with last_layer_pruned(lm, batch if pruned else []):

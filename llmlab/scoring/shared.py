@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from llmlab.matmul import fastest_matmuls
 from llmlab.model import LM
-from llmlab.scoring.attention import layout, tries_attend
+from llmlab.scoring.attention import ancestor_mask, tries_attend
 from llmlab.scoring.encode import Sequence, check_finite
 from llmlab.scoring.pack import Passes, profile
 from llmlab.scoring.trie import Trie, question_tries
@@ -24,21 +25,14 @@ class Work:
     """What a job cost.
 
     Attributes:
-        nodes: tokens that went through the model; there is no padding in its Linears.
+        nodes: tokens that went through the model; nothing is padded.
         asked: positions at which the output head worked.
         passes: forward passes.
-        places: rows times longest trie, over which attention works.
     """
 
     nodes: int
     asked: int
     passes: int
-    places: int
-
-    @property
-    def attention_padding(self) -> float:
-        """Share of padded places in attention, the only ones there are."""
-        return 1 - self.nodes / self.places
 
 
 @dataclass(frozen=True)
@@ -82,8 +76,8 @@ def log_probs(
     totals, greedy = [0.0] * len(sequences), [True] * len(sequences)
     waiting = Passes(question_tries(sequences), lm.card.vocab_size)
     measured = profile(lm)
-    nodes = asked = passes = places = 0
-    with tries_attend(lm):
+    nodes = asked = passes = 0
+    with tries_attend(lm), fastest_matmuls(lm.model):
         while waiting.waiting:
             limit = budget or measured.budget()
             begin = time.perf_counter()
@@ -99,10 +93,9 @@ def log_probs(
             batch, sums = [sequences[n] for n in finished], [totals[n] for n in finished]
             check_finite(batch, sums, passes, lm.dtype)
             nodes, asked, passes = nodes + size, asked + found.asked, passes + 1
-            places += len(tries) * len(tries[0])
             if on_batch:
                 on_batch(batch, sums)
-    return Scores(totals, greedy, Work(nodes, asked, passes, places))
+    return Scores(totals, greedy, Work(nodes, asked, passes))
 
 
 @torch.inference_mode()
@@ -125,7 +118,7 @@ def forward(lm: LM, tries: list[Trie], *, head_everywhere: bool = False) -> Forw
     logits = lm.model(
         input_ids=torch.tensor([[i for t in tries for i in t.ids]], device=device),  # [1, nodes]
         position_ids=torch.tensor([[d for t in tries for d in t.depths]], device=device),
-        trie_layout=layout(tries, lm.model.dtype, device),
+        trie_masks=[ancestor_mask(trie, lm.model.dtype, device) for trie in tries],
         use_cache=False,
         logits_to_keep=nodes.to(device),  # the output head works only where a token is asked for
     ).logits[0]  # [asked, vocabulary]
