@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from llmlab.decoding.generate import generate as generate
     from llmlab.errors import InputError as InputError
     from llmlab.errors import NumericalError as NumericalError
+    from llmlab.loading import load as load
+    from llmlab.loading import model_card as model_card
     from llmlab.measure.record import Measurement as Measurement
     from llmlab.measure.record import records as records
     from llmlab.model import LM as LM
-    from llmlab.model import load as load
-    from llmlab.model import model_card as model_card
     from llmlab.scoring.perplexity import perplexity as perplexity
     from llmlab.scoring.score import score as score
     from llmlab.sharding.plan import plan as plan
@@ -47,8 +47,8 @@ _HOME = {
     "Prompt": "llmlab.data",
     "Question": "llmlab.data",
     "generate": "llmlab.decoding.generate",
-    "load": "llmlab.model",
-    "model_card": "llmlab.model",
+    "load": "llmlab.loading",
+    "model_card": "llmlab.loading",
     "perplexity": "llmlab.scoring.perplexity",
     "plan": "llmlab.sharding.plan",
     "records": "llmlab.measure.record",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmlab.cli_bench import bench, challenge
+from llmlab.cli_bench import bench, challenge, quantize
 from llmlab.errors import InputError
 from llmlab.options import (
     BatchSize,
@@ -178,7 +178,7 @@ def plan(
 ) -> None:
     """Which layouts of data, tensor and pipeline parallelism fit, from a model's config alone."""
     check_file(json_file)
-    from llmlab.model import model_card
+    from llmlab.loading import model_card
     from llmlab.sharding.plan import plan as make
 
     card = model_card(model)
@@ -231,6 +231,7 @@ def report(
         raise typer.Exit(1)
 
 
+app.command(epilog="Example: llmlab quantize --calibration text.txt --output checkpoints/q4")(quantize)
 app.command(epilog="Example: llmlab challenge --model smollm2 --data everyday --json out.json")(challenge)
 app.add_typer(bench, name="bench")
 

@@ -42,6 +42,43 @@ def challenge(
     write_json(json_file, submission.as_dict() | {"track": record.track, "record": record.as_dict()})
 
 
+def quantize(
+    calibration: Annotated[Path, typer.Option(help="Text file; its first rows x 512 tokens are used.")],
+    output: Annotated[Path, typer.Option(help="New folder of the quantized model.")],
+    model: Model = "smollm2",
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Input columns that share a grid; -1 for a whole row.")] = 64,
+    method: Annotated[str, typer.Option(help="gptq, or rtn (round-to-nearest).")] = "gptq",
+    rows: Annotated[int, typer.Option(help="Calibration rows of 512 tokens.")] = 64,
+    rotate: Annotated[bool, typer.Option("--rotate", help="Rotate the residual stream first (LLaMA-like).")] = False,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Zero points in the middle.")] = False,
+    act_order: Annotated[bool, typer.Option(help="Columns with large activations first.")] = True,
+    static_groups: Annotated[bool, typer.Option(help="With act-order, keep groups as runs of columns.")] = True,
+    dtype: Annotated[str, typer.Option(help="In which the layers are read and calibrated.")] = "fp32",
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Quantize a model layer by layer and write a checkpoint that GPTQModel and transformers read, too.
+
+    Finished layers are kept beside the output: a killed job that is started again goes on behind them.
+    """
+    check_outputs(json_file)
+    from llmlab.data import read_text
+    from llmlab.measure.bench_quantization import quantizing
+    from llmlab.quantization.grid import Scheme
+    from llmlab.quantization.job import quantize_to
+
+    scheme = Scheme(bits, group_size, symmetric, act_order, static_groups)
+    text = read_text(calibration)
+    lm, report = quantize_to(
+        model, output, text, scheme, method=method, rows=rows, turned=rotate, dtype=dtype, device=device
+    )
+    measured = quantizing(lm, report)
+    print_metrics(f"{model}: {lm.transformation}", measured.metrics(), measured.protocol)
+    console.print(f"checkpoint: {output}", highlight=False, soft_wrap=True)
+    finish(lm, measured, {"linears": report.linears, "output": str(output)}, json_file)
+
+
 bench = typer.Typer(help="Measure against the peers, interleaved in one process.", no_args_is_help=True)
 
 
@@ -70,4 +107,37 @@ def bench_scoring(
     measured = bench_module.measurement(result)
     print_metrics(f"{model} on {len(questions)} questions of {data}", measured.metrics(), measured.protocol)
     console.print(ablation_table(result["ablation"]))
+    finish(lm, measured, result, json_file, warmup=1, repeats=repeats)
+
+
+@bench.command("quantization", epilog="Example: llmlab bench quantization --json out.json")
+def bench_quantization(
+    model: Model = "smollm2",
+    calibration: Annotated[Path | None, typer.Option(help="Text file; by default WikiText-2 (validation).")] = None,
+    rows: Annotated[int, typer.Option(help="Calibration rows of 512 tokens.")] = 64,
+    data: Annotated[str, typer.Option(help="hellaswag, everyday, or a JSON Lines file.")] = "hellaswag",
+    limit: Annotated[int, typer.Option(help="Use the first N questions.")] = 40,
+    repeats: Annotated[int, typer.Option(help="Counted rounds of the speeds, interleaved.")] = 5,
+    peers: Annotated[bool, typer.Option(help="Measure bitsandbytes and GPTQModel too.")] = True,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Bits x method -> perplexity, accuracy, divergence, size and speed (about 40 minutes for the built-in model on
+    2 cores)."""
+    check_outputs(json_file)
+    from llmlab.data import read_text, wikitext
+    from llmlab.measure import bench_quantization as bench_module
+    from llmlab.quantization.calibrate import calibration_rows
+
+    if repeats < 1:
+        raise InputError(f"{repeats} repeats: give a positive number.")
+    text = read_text(calibration) if calibration else wikitext("validation")
+    test, questions = wikitext("test"), read_rows(data, limit)
+    lm, _ = load_model(model, "fp32", device, None, None, False)
+    result = bench_module.bench_quantization(
+        lm, calibration_rows(lm, text, rows=rows), test, questions, peers=peers, repeats=repeats,
+        on_row=lambda row: console.print(bench_module.line(row), highlight=False),
+    )  # fmt: skip
+    measured = bench_module.measurement(result)
+    print_metrics(f"{model}: quantization", measured.metrics(), measured.protocol)
     finish(lm, measured, result, json_file, warmup=1, repeats=repeats)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Option(help="smollm2 (built in), a Hub id, a folder, a .gguf file or random:SHAPE.")]
 Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; by default what suits the device.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")]
-BitsAndBytes = Annotated[str | None, typer.Option(help="Quantize at load: int8 or nf4.")]
+BitsAndBytes = Annotated[str | None, typer.Option(help="Quantize at load: int8, nf4 or fp4.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a Hub model.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result and its record to this file.")]
@@ -54,7 +54,7 @@ def load_model(
     check: Callable[[LM], object] | None = None,
 ) -> tuple[LM, float]:
     """Load the model of --model; returns it and the seconds that took."""
-    from llmlab.model import load
+    from llmlab.loading import load
 
     begin = time.perf_counter()
     with console.status(f"loading {model}"):

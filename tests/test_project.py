@@ -43,6 +43,7 @@ def test_conda_users_get_the_same_versions():
 FLOORS = [
     {"errors", "paths", "stats", "progress", "hub", "card", "sources", "gguf", "matmul", "model", "data"},
     {"scoring", "quantization", "sharding", "decoding"},
+    {"loading"},
     {"measure"},
     {"lab"},
     {"terminal", "options", "cli_bench", "cli"},

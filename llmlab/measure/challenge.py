@@ -14,8 +14,9 @@ import numpy as np
 
 from llmlab.data import Question
 from llmlab.errors import InputError
+from llmlab.loading import load
 from llmlab.measure.ablation import scoring_flops
-from llmlab.model import LM, load
+from llmlab.model import LM
 from llmlab.scoring import shared
 from llmlab.scoring.encode import Sequence, encode
 from llmlab.scoring.score import ScoreResult, score

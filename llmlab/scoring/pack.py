@@ -54,15 +54,11 @@ class Profile:
         return min(self.budgets, key=lambda b: len(self.rates.get(b, [])))
 
     def observe(self, budget: int, nodes: int, seconds: float) -> None:
-        """Take in one pass; the profile is kept when it becomes complete."""
+        """Take in one pass. What has been measured is kept: a short job leaves the rest to the next one."""
         if not self.warm:
             self.warm = True
         elif not self.complete and nodes > 0.6 * budget:  # the last pass of a job may be nearly empty
             self.rates.setdefault(budget, []).append(nodes / seconds)
-            self._keep()
-
-    def _keep(self) -> None:
-        if self.complete:
             with atomic(self.path) as path:
                 path.write_text(json.dumps({str(b): rates for b, rates in self.rates.items()}))
 

@@ -1,0 +1,187 @@
+"""Uniform grids: where the 2^bits levels of a group of weights lie, and rounding to them.
+
+A group of weights w is stored as integers q in 0 .. 2^bits - 1 with one scale s and one zero point z:
+
+    q = clamp(round(w / s) + z, 0, 2^bits - 1),    w ≈ s (q - z)
+
+Round-to-nearest (RTN) stops there; GPTQ uses the same grids and chooses the q better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llmlab.errors import InputError, NumericalError
+
+BITS = (2, 3, 4, 8)
+SHRINKS = 24  # candidates of the grid search, from the full range of a group down to SMALLEST of it
+SMALLEST = 0.4
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are quantized.
+
+    Attributes:
+        bits: of a weight: 2, 3, 4 or 8.
+        group_size: consecutive input columns that share scale and zero point; -1 for a whole row.
+        symmetric: the zero point is the middle of the range; else each group has its own.
+        act_order: GPTQ treats the columns with the largest activations first (`desc_act` in checkpoints).
+        static_groups: with act_order, a group stays a run of neighbouring columns, so that kernels need no gather;
+            its grid is found before GPTQ starts.
+        search: find each grid by a search over shrunken ranges (least error weighted by the activations) instead of
+            taking the range of the weights.
+        damping: added to the Hessian's diagonal, as a share of its mean.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+    act_order: bool = True
+    static_groups: bool = True
+    search: bool = True
+    damping: float = 0.01
+
+    @property
+    def levels(self) -> int:
+        """Number of the highest level, 2^bits - 1."""
+        return (1 << self.bits) - 1
+
+    def columns_per_group(self, columns: int) -> int:
+        """Group size of a Linear with that many input columns."""
+        return columns if self.group_size == -1 else self.group_size
+
+    def check(self, linears: dict[str, torch.nn.Linear] | None = None) -> None:
+        """Raise InputError for settings that make no sense, or that do not fit one of the named Linears."""
+        if self.bits not in BITS:
+            raise InputError(f"{self.bits} bits: choose one of {', '.join(map(str, BITS))}.")
+        if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
+            raise InputError(f"group size {self.group_size}: choose -1 (a whole row) or a multiple of 8 such as 64.")
+        if not 0 < self.damping < 1:
+            raise InputError(f"damping {self.damping}: choose a share between 0 and 1, such as 0.01.")
+        for name, linear in (linears or {}).items():
+            columns, rows = linear.in_features, linear.out_features
+            if columns % self.columns_per_group(columns):
+                fitting = [g for g in (16, 32, 64, 128, 256) if columns % g == 0]
+                raise InputError(
+                    f"group size {self.group_size} does not divide the {columns} input columns of {name}: choose one "
+                    f"of {', '.join(map(str, fitting))} or -1."
+                )
+            if columns % 32 or rows % 32:
+                raise InputError(
+                    f"{name} is {rows} x {columns}: the checkpoint format packs 32 weights at a time, so both must be "
+                    "multiples of 32."
+                )
+
+
+@dataclass
+class Quantized:
+    """A quantized weight matrix, not packed.
+
+    Attributes:
+        codes: uint8 [rows, columns], the integers q.
+        scales: fp16 [rows, groups].
+        zeros: uint8 [rows, groups], 1 .. 2^bits - 1 (checkpoints store z - 1).
+        g_idx: int32 [columns], the group of each input column.
+        error: tr((W-Q) H (W-Q)^T) / tr(W H W^T), the relative squared error of the layer's outputs on the calibration
+            text; NaN where no Hessian was given.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    g_idx: torch.Tensor
+    error: float = float("nan")
+
+    def dequantize(self) -> torch.Tensor:
+        """fp32 [rows, columns]: s (q - z)."""
+        groups = self.g_idx.long()
+        return (self.codes.float() - self.zeros.float()[:, groups]) * self.scales.float()[:, groups]
+
+
+def find_grid(
+    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of each row.
+
+    Args:
+        weight: [..., columns]; a grid for each row of the last dimension.
+        scheme: bits, symmetry, search.
+        importance: [columns] or [..., columns], weight of each squared error in the search: the mean squared activation
+            of the column. Uniform by default.
+
+    Returns:
+        (scales, zeros), fp32 [...]: scales as fp16 can hold them, zeros whole numbers in 1 .. 2^bits - 1.
+    """
+    low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)  # zero is always a level
+    if scheme.symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    best = _grid(low, high, scheme)
+    if not scheme.search:
+        return best
+    importance = torch.ones_like(weight[..., :1]) if importance is None else importance
+    least = torch.full_like(low, float("inf"))
+    for step in range(SHRINKS):
+        shrink = 1 - step * (1 - SMALLEST) / SHRINKS
+        scales, zeros = _grid(low * shrink, high * shrink, scheme)
+        rounded = round_to(weight, scales[..., None], zeros[..., None], scheme)
+        error = ((rounded - weight).square() * importance).sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better, scales, best[0]), torch.where(better, zeros, best[1])
+    return best
+
+
+def _grid(low: torch.Tensor, high: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    tiny = torch.finfo(torch.float16).tiny
+    scales = ((high - low) / scheme.levels).clamp(min=tiny)
+    if scheme.symmetric:
+        return scales.half().float(), torch.full_like(scales, (scheme.levels + 1) // 2)
+    # Checkpoints store z - 1 in `bits` bits, so 0 cannot be written: a group without negative weights wastes a level.
+    zeros = torch.round(-low / scales).clamp(1, scheme.levels)
+    scales = torch.maximum(scales, high / (scheme.levels - zeros).clamp(min=1))
+    return scales.clamp(max=torch.finfo(torch.float16).max).half().float(), zeros
+
+
+def codes_of(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """q = clamp(round(w / s) + z), as floats; everything broadcasts."""
+    return torch.clamp(torch.round(weight / scales) + zeros, 0, scheme.levels)
+
+
+def round_to(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """The level of the grid nearest to each weight."""
+    return (codes_of(weight, scales, zeros, scheme) - zeros) * scales
+
+
+def group_grids(
+    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Grids of all groups of consecutive columns: weight [rows, columns] to (scales, zeros) [rows, groups]."""
+    rows, columns = weight.shape
+    size = scheme.columns_per_group(columns)
+    if importance is not None:
+        importance = importance.view(1, -1, size)
+    return find_grid(weight.view(rows, -1, size), scheme, importance)
+
+
+def rtn(weight: torch.Tensor, scheme: Scheme) -> Quantized:
+    """Round-to-nearest: every weight to the nearest level of its group's grid.
+
+    Raises NumericalError if a weight is NaN or infinite.
+    """
+    weight = finite(weight.float(), "weights")
+    size = scheme.columns_per_group(weight.shape[1])
+    scales, zeros = group_grids(weight, scheme)
+    g_idx = torch.arange(weight.shape[1], device=weight.device) // size
+    codes = codes_of(weight, scales[:, g_idx], zeros[:, g_idx], scheme)
+    return Quantized(codes.to(torch.uint8), scales.half(), zeros.to(torch.uint8), g_idx.int())
+
+
+def finite(tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """The tensor itself; raises NumericalError if it holds NaN or infinity."""
+    if not torch.isfinite(tensor).all():
+        raise NumericalError(f"the {what} hold NaN or infinity: quantizing them makes no sense.")
+    return tensor

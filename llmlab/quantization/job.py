@@ -1,0 +1,64 @@
+"""The whole job, from a model's name to a checkpoint folder: streamed, resumable, atomic."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from llmlab.errors import InputError
+from llmlab.model import LM, check_device
+from llmlab.quantization.calibrate import ROWS, Report, calibration_rows, check_quantizable, quantize
+from llmlab.quantization.checkpoint import check_target, save
+from llmlab.quantization.grid import Scheme
+from llmlab.quantization.rotate import rotate
+from llmlab.quantization.stream import stream
+
+
+def quantize_to(
+    name: str,
+    folder: str | Path,
+    text: str,
+    scheme: Scheme,
+    *,
+    method: str = "gptq",
+    rows: int = ROWS,
+    turned: bool = False,
+    dtype: str = "fp32",
+    device: str | None = None,
+) -> tuple[LM, Report]:
+    """Quantize a model and save it.
+
+    Decoder layers are read one by one. Finished ones are kept in `.FOLDER.layers` beside the folder until that is
+    complete: a killed job that is started again goes on behind them.
+
+    Args:
+        name: as for `llmlab.load`, not quantized.
+        folder: a new folder.
+        text: calibration text.
+        scheme: bits, groups, order.
+        method: "gptq" or "rtn".
+        rows: calibration rows of 512 tokens.
+        turned: rotate the residual stream first (see `rotate`).
+        dtype: in which layers are read and calibrated; fp32 is best.
+        device: where; by default a GPU where there is one.
+
+    Raises:
+        InputError: before the expensive work, for anything unusable.
+        NumericalError: see `quantize`.
+    """
+    scheme.check()
+    target = check_target(folder)
+    if rows < 1:
+        raise InputError(f"{rows} calibration rows: give a positive number.")
+    lm, read_layer = stream(name, dtype=dtype, device=check_device(device))
+    check_quantizable(lm, scheme, method)
+    calibration = calibration_rows(lm, text, rows=rows)
+    if turned:
+        lm, read_layer = rotate(lm, read_layer=read_layer)
+    keep, report = target.parent / f".{target.name}.layers", Report()
+    quantized = quantize(
+        lm, method=method, calibration=calibration, scheme=scheme, read_layer=read_layer, keep=keep, report=report
+    )
+    save(quantized, target)
+    shutil.rmtree(keep)
+    return quantized, report

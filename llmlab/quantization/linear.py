@@ -1,0 +1,252 @@
+"""QuantLinear: a Linear over packed weights, and the kernel that multiplies by them.
+
+Decoding reads every weight for one token: there the kernel must read 4 bits and nothing else. Prefill reads a weight
+once for hundreds of tokens: there unpacking to a plain matmul is faster. Where the two meet is measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from llmlab import __version__
+from llmlab.model import DTYPES, LM
+from llmlab.quantization.grid import Quantized, Scheme, rtn
+from llmlab.quantization.packing import pack, unpack
+
+REFERENCE = "dequantize, then matmul"
+INT4_CPU = "torch int4 (CPU)"
+INT8_CPU = "torch int8 (CPU)"
+TRITON = "Triton W4A16"
+
+
+class QuantLinear(torch.nn.Module):
+    """y = x W^T + b with W packed as in AutoGPTQ's checkpoints.
+
+    Buffers (n input, m output features, G groups):
+        qweight: int32 [n * bits / 32, m], the codes, packed along the inputs.
+        qzeros: int32 [G, m * bits / 32], zero points minus one, packed along the outputs.
+        scales: fp16 [G, m].
+        g_idx: int32 [n], the group of each input feature.
+        bias: [m] or None.
+    """
+
+    qweight: torch.Tensor
+    qzeros: torch.Tensor
+    scales: torch.Tensor
+    g_idx: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bits: int, groups: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits, self.groups = in_features, out_features, bits, groups
+        self.register_buffer("qweight", torch.zeros(in_features * bits // 32, out_features, dtype=torch.int32))
+        self.register_buffer("qzeros", torch.zeros(groups, out_features * bits // 32, dtype=torch.int32))
+        self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16))
+        self.register_buffer("g_idx", torch.zeros(in_features, dtype=torch.int32))
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        self.kernel = REFERENCE
+        self.fast: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @classmethod
+    def pack(cls, quantized: Quantized, scheme: Scheme, bias: torch.Tensor | None = None) -> QuantLinear:
+        """From a quantized matrix."""
+        rows, columns = quantized.codes.shape
+        self = cls(columns, rows, scheme.bits, quantized.scales.shape[1], bias is not None)
+        self.qweight = pack(quantized.codes.T, scheme.bits)
+        self.qzeros = pack((quantized.zeros - 1), scheme.bits).T.contiguous()
+        self.scales = quantized.scales.T.contiguous()
+        self.g_idx = quantized.g_idx
+        self.bias = bias
+        return self
+
+    def unpacked(self) -> Quantized:
+        """The matrix that the buffers hold."""
+        return Quantized(unpack(self.qweight, self.bits).T, self.scales.T, self.zeros, self.g_idx)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """W [out_features, in_features], computed in fp32 and rounded to `dtype`."""
+        codes = unpack(self.qweight, self.bits)  # [n, m]
+        zeros = self.zeros.T.float()  # [G, m]
+        scales = self.scales.float()
+        if self.sequential:
+            codes = codes.view(self.groups, -1, self.out_features)  # [G, n/G, m]
+            weight = (codes - zeros[:, None]).mul_(scales[:, None]).view(self.in_features, -1)
+        else:
+            groups = self.g_idx.long()
+            weight = (codes - zeros[groups]).mul_(scales[groups])
+        plain: torch.Tensor = weight.to(dtype).T
+        return plain
+
+    @property
+    def zeros(self) -> torch.Tensor:
+        """Zero points, uint8 [m, G]. Stored minus one, modulo 2^bits."""
+        return (unpack(self.qzeros.T.contiguous(), self.bits) + 1) & ((1 << self.bits) - 1)
+
+    @functools.cached_property
+    def sequential(self) -> bool:
+        """Whether groups are runs of neighbouring columns, so that no gather is needed."""
+        expected = torch.arange(self.in_features, device=self.g_idx.device) // (self.in_features // self.groups)
+        return bool(torch.equal(self.g_idx.long(), expected))
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Choose the kernel for this device and activation dtype, and pack for it."""
+        self.kernel, self.fast = choose_kernel(self, dtype)
+        self.limit = crossover(self.in_features, self.out_features, self.bits, self.kernel) if self.fast else 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] in any float dtype to [..., out_features] in the same."""
+        if self.fast is not None and x.numel() <= self.limit * self.in_features:
+            out = self.fast(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+            return out if self.bias is None else out + self.bias.to(x.dtype)
+        return self.multiply_dequantized(x)
+
+    def multiply_dequantized(self, x: torch.Tensor) -> torch.Tensor:
+        """The same by a plain matmul: the reference, and the faster way for many rows."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.in_features} -> {self.out_features}, {self.bits} bits, {self.groups} groups, {self.kernel}"
+
+
+def choose_kernel(linear: QuantLinear, dtype: torch.dtype) -> tuple[str, Callable[[torch.Tensor], torch.Tensor] | None]:
+    """The fastest kernel that can multiply by this matrix with activations of `dtype`: (name, function of rows)."""
+    cpu = linear.qweight.device.type == "cpu"
+    size = linear.in_features // linear.groups
+    if cpu and dtype == torch.bfloat16 and linear.bits <= 4 and size in (32, 64, 128, 256):
+        return INT4_CPU, _int4_cpu(linear, size)
+    if (
+        cpu
+        and dtype == torch.bfloat16
+        and linear.bits == 8
+        and linear.groups == 1
+        and bool((linear.zeros == 128).all())
+    ):
+        return INT8_CPU, _int8_cpu(linear)
+    if not cpu:
+        from llmlab.quantization.triton_kernel import triton_matmul
+
+        return TRITON, lambda x: triton_matmul(x, linear)
+    return REFERENCE, None
+
+
+def _int4_cpu(linear: QuantLinear, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """torch's CPU kernel over nibbles: w = (q - 8) s + b with s, b in bf16. 2 and 3 bits take a nibble each, too."""
+    whole = linear.unpacked()
+    order = None if linear.sequential else torch.argsort(linear.g_idx, stable=True)  # groups side by side again
+    codes = (whole.codes if order is None else whole.codes[:, order]).int()
+    scales, offsets = whole.scales.float(), (8 - whole.zeros.int())  # [m, G]
+    if linear.bits < 4:  # there is room to move the zero point to 8, where b = 0 needs no rounding
+        codes += offsets.repeat_interleave(size, dim=1)
+        offsets = torch.zeros_like(offsets)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1)
+    offsets = offsets * scales
+    grid = torch.stack([scales, offsets], dim=-1).transpose(0, 1).contiguous().bfloat16()  # [G, m, 2]
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        if order is not None:
+            x = x[:, order]
+        product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, size, grid)
+        return product
+
+    return multiply
+
+
+def _int8_cpu(linear: QuantLinear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """torch's CPU kernel over int8 with one scale a row and no zero point."""
+    codes = (unpack(linear.qweight, 8).T.short() - 128).to(torch.int8).contiguous()  # [m, n]
+    scales = linear.scales[0].bfloat16()
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), codes, scales)
+        return product
+
+    return multiply
+
+
+@functools.cache
+def crossover(in_features: int, out_features: int, bits: int, kernel: str) -> int:
+    """Rows up to which the kernel beats dequantizing to a matmul, measured here on a matrix of this shape."""
+    if kernel == TRITON:
+        return 64  # about where a GPU's matmul stops being bound by memory traffic
+    _, fast = choose_kernel(linear := _random(in_features, out_features, bits), torch.bfloat16)
+    assert fast is not None
+    best = 1
+    for rows in (4, 16, 64, 256):
+        x = torch.randn(rows, in_features, dtype=torch.bfloat16)
+        packed, plain = functools.partial(fast, x), functools.partial(linear.multiply_dequantized, x)
+        pairs = [(_seconds(packed), _seconds(plain)) for _ in range(6)]
+        if statistics.median(a / b for a, b in pairs[1:]) > 1:
+            break
+        best = rows
+    return best
+
+
+def _random(in_features: int, out_features: int, bits: int) -> QuantLinear:
+    groups = 1 if bits == 8 else in_features // 32
+    weight = torch.randn(out_features, in_features)
+    scheme = Scheme(bits, in_features // groups, symmetric=bits == 8, search=False)
+    return QuantLinear.pack(rtn(weight, scheme), scheme)
+
+
+def with_dtype(lm: LM, dtype: str) -> LM:
+    """A copy of a model, quantized or not, with activations in `dtype` ("fp32", "bf16", "fp16"); grids stay as is."""
+    model = copy.deepcopy(lm.model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and module.bias is not None:
+            module.bias = module.bias.to(DTYPES[dtype])
+    model.config.dtype = DTYPES[dtype]
+    prepare(model, DTYPES[dtype])
+    return replace(lm, model=model, card=replace(lm.card, dtype=dtype))
+
+
+def replace_linears(layer: torch.nn.Module, packed: dict[str, QuantLinear]) -> None:
+    """Put each QuantLinear in the place of the Linear of that name."""
+    for name, linear in packed.items():
+        parent, _, child = name.rpartition(".")
+        setattr(layer.get_submodule(parent), child, linear)
+
+
+def quant_config(scheme: Scheme, method: str) -> dict[str, Any]:
+    """The `quantization_config` by which AutoGPTQ, GPTQModel and transformers know such a checkpoint."""
+    return {
+        "quant_method": "gptq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "sym": scheme.symmetric,
+        # Readers permute the columns where this is set; with static groups there is nothing to permute.
+        "desc_act": scheme.act_order and not scheme.static_groups and scheme.group_size != -1,
+        "static_groups": scheme.static_groups,
+        "true_sequential": True,
+        "damp_percent": scheme.damping,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+        "meta": {"quantizer": [f"llmlab:{__version__}"], "method": method},
+    }
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def prepare(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """Choose kernels for every QuantLinear of a model; returns how many use which."""
+    counts: dict[str, int] = {}
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.prepare(dtype)
+            counts[module.kernel] = counts.get(module.kernel, 0) + 1
+    return counts

@@ -1,0 +1,94 @@
+"""Every kernel against the readable reference."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmlab.quantization import linear as module
+from llmlab.quantization.grid import Quantized, Scheme, rtn
+from llmlab.quantization.linear import INT4_CPU, INT8_CPU, REFERENCE, QuantLinear
+
+
+def packed(bits=4, group_size=64, symmetric=False, rows=96, columns=128, shuffle=False, bias=True):
+    torch.manual_seed(bits)
+    scheme = Scheme(bits, group_size, symmetric, search=False)
+    made = rtn(torch.randn(rows, columns) / columns**0.5, scheme)
+    if shuffle:  # groups as act-order leaves them: scattered over the columns
+        order = torch.randperm(columns)
+        made = Quantized(made.codes[:, order], made.scales, made.zeros, made.g_idx[order])
+    return QuantLinear.pack(made, scheme, torch.randn(rows) if bias else None)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 64), (4, 32), (4, 64), (4, 128)])
+@pytest.mark.parametrize("n", [1, 5, 70])
+def test_int4_on_cpu_equals_the_reference(bits, group_size, shuffle, n):
+    linear = packed(bits, group_size, shuffle=shuffle)
+    linear.prepare(torch.bfloat16)
+    assert linear.kernel == INT4_CPU
+    linear.limit = 1000  # the kernel, however many rows
+    x = torch.randn(n, 128).bfloat16()
+    exact = torch.nn.functional.linear(x.double(), linear.dequantize(torch.float32).double(), linear.bias.double())
+    assert (linear(x).double() - exact).norm() < 0.01 * exact.norm()  # bf16 has 8 bits
+    linear.limit = 0
+    assert (linear(x).double() - exact).norm() < 0.01 * exact.norm()  # bf16 has 8 bits
+
+
+def test_int8_on_cpu_equals_the_reference():
+    linear = packed(8, -1, symmetric=True)
+    linear.prepare(torch.bfloat16)
+    assert linear.kernel == INT8_CPU
+    x = torch.randn(3, 128).bfloat16()
+    exact = torch.nn.functional.linear(x.double(), linear.dequantize(torch.float32).double(), linear.bias.double())
+    assert (linear(x).double() - exact).norm() < 0.01 * exact.norm()  # bf16 has 8 bits
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"bits": 4}, torch.float32),
+        ({"bits": 8}, torch.bfloat16),
+        ({"bits": 4, "group_size": -1, "columns": 96}, torch.bfloat16),
+    ],
+)
+def test_what_no_kernel_serves_is_dequantized(options, dtype):
+    linear = packed(**options)
+    linear.prepare(dtype)
+    assert linear.kernel == REFERENCE
+    x = torch.randn(2, 3, linear.in_features, dtype=dtype)
+    exact = torch.nn.functional.linear(x, linear.dequantize(dtype), linear.bias.to(dtype))
+    assert torch.equal(linear(x), exact)
+
+
+def test_the_crossover_is_measured_and_kept():
+    module.crossover.cache_clear()
+    assert module.crossover(256, 128, 4, INT4_CPU) in (1, 4, 16, 64, 256)
+    assert module.crossover.cache_info().misses == 1
+    module.crossover(256, 128, 4, INT4_CPU)
+    assert module.crossover.cache_info().hits == 1
+
+
+def test_triton_equals_the_reference():
+    """Under Triton's interpreter, which must be switched on before it is imported: hence a process of its own."""
+    code = """
+import torch
+from test_kernels import packed
+from llmlab.quantization.triton_kernel import triton_matmul
+worst = 0.0
+for bits in (2, 3, 4, 8):
+    for options in (dict(group_size=32), dict(group_size=-1), dict(group_size=64, shuffle=True), dict(symmetric=True)):
+        linear = packed(bits, bias=False, **options)
+        for n, dtype in ((1, torch.float32), (18, torch.float16)):
+            x = torch.randn(n, 128).to(dtype)
+            exact = torch.nn.functional.linear(x.double(), linear.dequantize(torch.float32).double())
+            worst = max(worst, float((triton_matmul(x, linear).double() - exact).abs().max()))
+print(worst)
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) < 5e-3

@@ -1,0 +1,242 @@
+"""Whole models: the walk through the layers, rotation, streaming, resuming, the command line."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+import llmlab
+from llmlab import InputError, NumericalError
+from llmlab.quantization.calibrate import Report, calibration_rows, quantize
+from llmlab.quantization.gptq import Hessian, factorize, gptq
+from llmlab.quantization.grid import Scheme
+from llmlab.quantization.job import quantize_to
+from llmlab.quantization.linear import REFERENCE, QuantLinear, with_dtype
+from llmlab.quantization.rotate import random_orthogonal, rotate, rotated
+from llmlab.quantization.stream import stream
+
+TEXT = "\n".join(f"{q.context} {ending}" for q in llmlab.data.everyday(60) for ending in q.endings)
+
+
+def logits(lm, n=64):
+    ids = torch.tensor([lm.encode(TEXT)[:n]])
+    with torch.inference_mode():
+        return lm.model(input_ids=ids).logits.float()
+
+
+def assert_same(a, b):
+    """Every packed tensor is equal, and so are the outputs, to the last bits that a memory's alignment may change."""
+    one, other = a.model.state_dict(), b.model.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (logits(a) - logits(b)).abs().max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def calibration(smollm2):
+    return calibration_rows(smollm2, TEXT, rows=8, context=64)
+
+
+def test_the_walk_equals_solving_by_hand(tiny, calibration):
+    """The first layer's Linears, with the inputs that a plain forward hook sees in the partly quantized model."""
+    scheme = Scheme(4, 32)
+    q = quantize(tiny, scheme=scheme, calibration=calibration)
+    name = next(
+        n for n, m in q.model.named_modules() if isinstance(m, QuantLinear) and n.endswith(("o_proj", "out_proj"))
+    )
+    seen = []
+    hook = q.model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        q.model(input_ids=calibration)
+    hook.remove()
+    hessian = Hessian(64, seen[0].device)
+    hessian.add(seen[0])
+    expected = gptq(tiny.model.get_submodule(name).weight, factorize(hessian.matrix(), scheme), scheme)
+    found = q.model.get_submodule(name).unpacked()
+    assert (found.codes == expected.codes).float().mean() > 0.995
+    assert torch.equal(found.g_idx, expected.g_idx)
+
+
+def test_the_original_is_left_alone_and_only_layers_change(tiny, calibration):
+    before = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
+    report = Report()
+    q = quantize(tiny, 4, 32, calibration=calibration, report=report)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.model.state_dict().items())
+    assert getattr(tiny.model.config, "quantization_config", None) is None
+    plain = [m for m in q.model.modules() if type(m) is torch.nn.Linear]
+    assert plain == [q.model.get_output_embeddings()]
+    assert len(report.linears) == sum(isinstance(m, QuantLinear) for m in q.model.modules())
+    assert report.tokens == 512 and report.seconds > 0
+    assert q.transformation == "gptq 4 bits, group 32"
+    assert 0 < q.weight_bytes < tiny.weight_bytes
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(8, 0.01), (4, 0.2), (3, 0.4)])
+def test_more_bits_lose_less(tiny, calibration, bits, bound):
+    q = quantize(tiny, bits, 32, calibration=calibration)
+    exact, found = logits(tiny), logits(q)
+    assert ((exact - found).norm() / exact.norm()) < bound
+
+
+def test_gptq_beats_rounding_on_the_real_model(smollm2):
+    """Two layers of the built-in model: output error against round-to-nearest, on text not calibrated with."""
+    short = llmlab.load("smollm2", dtype="fp32")
+    short.model.model.layers = short.model.model.layers[:2]
+    short.model.config.num_hidden_layers = 2
+    rows = calibration_rows(short, TEXT, rows=16, context=128)
+    held_out = calibration_rows(short, TEXT, rows=24, context=128)[16:]
+    errors = {}
+    with torch.no_grad():
+        exact = short.model.model(held_out).last_hidden_state
+        for method in ("rtn", "gptq"):
+            q = quantize(short, 3, 64, method=method, calibration=rows)
+            errors[method] = float((q.model.model(held_out).last_hidden_state - exact).norm() / exact.norm())
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+
+
+def test_rotation_changes_nothing_but_the_weights(smollm2):
+    turned = rotated(smollm2)
+    exact, found = logits(smollm2), logits(turned)
+    assert (exact - found).abs().max() <= 1e-3
+    assert torch.equal(exact.argmax(-1), found.argmax(-1))
+    assert turned.transformation == "rotated"
+    assert not turned.model.config.tie_word_embeddings and smollm2.model.config.tie_word_embeddings
+    q = random_orthogonal(96, torch.Generator().manual_seed(1))
+    assert (q @ q.T - torch.eye(96)).abs().max() < 1e-12
+    channel = smollm2.model.model.layers[0].mlp.gate_proj.weight.abs().amax()
+    assert turned.model.model.layers[0].mlp.gate_proj.weight.abs().amax() < channel
+
+
+def test_layernorm_models_are_not_rotated(tiny_folders):
+    with pytest.raises(InputError, match="opt cannot be rotated: it needs RMSNorm"):
+        rotate(llmlab.load(str(tiny_folders["opt"]), dtype="fp32"))
+
+
+def test_streamed_layers_are_the_models_own(tiny, tiny_folders):
+    folder = str(tiny_folders["llama" if tiny.card.model_type == "llama" else "opt"])
+    ends, read_layer = stream(folder)
+    from llmlab.model import decoder_layers
+
+    for index, layer in enumerate(decoder_layers(tiny.model)[1]):
+        read = read_layer(index).state_dict()
+        assert all(torch.equal(read[name], tensor) for name, tensor in layer.state_dict().items())
+    assert all(p.is_meta for p in decoder_layers(ends.model)[1].parameters())
+    assert not ends.model.get_output_embeddings().weight.is_meta
+    with pytest.raises(InputError, match="no files"):
+        stream("random:llama-7b")
+
+
+def test_the_job_equals_quantizing_in_memory(tiny, tiny_folders, calibration, tmp_path):
+    folder = str(tiny_folders["llama" if tiny.card.model_type == "llama" else "opt"])
+    target = tmp_path / "q"
+    made, report = quantize_to(folder, target, TEXT, Scheme(4, 32), rows=2)
+    direct = quantize(tiny, 4, 32, calibration=calibration_rows(tiny, TEXT, rows=2))
+    assert_same(made, direct)
+    loaded = llmlab.load(str(target), dtype="fp32")
+    assert_same(loaded, made)
+    assert loaded.transformation == "gptq 4 bits, group 32"
+    assert {p.name for p in tmp_path.iterdir()} == {"q"}
+    assert report.tokens == 1024
+    with pytest.raises(InputError, match="exists already"):
+        quantize_to(folder, target, TEXT, Scheme(4, 32))
+
+
+def _job(folder, target):
+    quantize_to(folder, target, TEXT, Scheme(4, 32), rows=2)
+
+
+def test_a_killed_job_goes_on_behind_its_finished_layers(tiny_folders, tmp_path):
+    folder, target = str(tiny_folders["llama"]), tmp_path / "q"
+    quantize_to(folder, tmp_path / "whole", TEXT, Scheme(4, 32), rows=2)
+    process = multiprocessing.get_context("spawn").Process(target=_job, args=(folder, target))
+    process.start()
+    first = tmp_path / ".q.layers" / "layer-000.safetensors"
+    while not first.exists():
+        assert process.is_alive() or target.exists()
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    if not target.exists():  # else the job was faster than the signal
+        stamp = first.stat().st_mtime_ns
+        report = Report()
+        quantize_to(folder, target, TEXT, Scheme(4, 32), rows=2)
+        assert stamp
+        assert report.linears == []
+    assert torch.equal(
+        logits(llmlab.load(str(target), dtype="fp32")), logits(llmlab.load(str(tmp_path / "whole"), dtype="fp32"))
+    )
+
+
+def test_layers_of_another_job_are_not_taken(tiny_folders, tmp_path):
+    lm = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
+    rows = calibration_rows(lm, TEXT, rows=2, context=64)
+    with pytest.warns(UserWarning) if rows.numel() < lm.card.intermediate_size else pytest.MonkeyPatch.context():
+        whole = quantize(lm, 4, 32, calibration=rows, keep=tmp_path / "keep")
+    report = Report()
+    again = quantize(lm, 4, 32, calibration=rows, keep=tmp_path / "keep", report=report)
+    assert report.linears == []  # nothing was solved anew
+    assert_same(again, whole)
+    with pytest.raises(InputError, match="layers of another job"):
+        quantize(lm, 3, 32, calibration=rows, keep=tmp_path / "keep")
+
+
+def test_bad_input_is_refused_before_the_work(tiny, calibration):
+    with pytest.raises(InputError, match="GPTQ needs calibration text"):
+        quantize(tiny, 4, 32)
+    with pytest.raises(InputError, match="unknown method 'awq'"):
+        quantize(tiny, 4, 32, method="awq", calibration=calibration)
+    with pytest.raises(InputError, match=r"48 does not divide the 64 input columns of model\."):
+        quantize(tiny, 4, 48, calibration=calibration)
+    with pytest.raises(InputError, match="give at least one row of 512"):
+        calibration_rows(tiny, "too short")
+    q = quantize(tiny, 4, 32, method="rtn")
+    with pytest.raises(InputError, match="no plain Linears"):
+        quantize(q, 4, 32, method="rtn")
+
+
+def test_a_broken_weight_is_named(tiny_folders, calibration):
+    lm = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
+    with torch.no_grad():
+        lm.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    for method in ("gptq", "rtn"):
+        with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.up_proj: the weights hold NaN"):
+            quantize(lm, 4, 32, method=method, calibration=calibration)
+
+
+def test_little_text_warns_with_the_rank(tiny):
+    with pytest.warns(UserWarning, match="has rank 64 at most, but 128 columns"):
+        quantize(tiny, 4, 32, calibration=calibration_rows(tiny, TEXT, rows=1, context=64))
+
+
+def test_a_quantized_model_scores_generates_and_changes_dtype(smollm2):
+    q = with_dtype(quantize(smollm2, 8, -1, method="rtn", scheme=Scheme(8, -1)), "bf16")
+    assert q.dtype == "bf16"
+    questions = llmlab.data.everyday(6)
+    a, b = llmlab.score(smollm2, questions), llmlab.score(q, questions)
+    assert max(abs(x - y) for r, s in zip(a.log_probs, b.log_probs, strict=True) for x, y in zip(r, s, strict=True)) < 2
+    assert llmlab.generate(q, ["The capital of France is"], max_new_tokens=3).completions[0].text.strip() == "Paris."
+
+
+def test_quantize_from_the_command_line(tiny_folders, tmp_path, capsys):
+    from llmlab.cli import main
+
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    arguments = ["quantize", "--model", str(tiny_folders["llama"]), "--bits", "4", "--group-size", "32", "--rows", "2"]
+    arguments += ["--calibration", str(text), "--output", str(tmp_path / "q"), "--json", str(tmp_path / "out.json")]
+    assert main(arguments) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["record"]["transformation"] == "gptq 4 bits, group 32"
+    assert len(found["linears"]) == 14
+    assert main(["score", "--model", str(tmp_path / "q"), "--data", "everyday", "--limit", "2"]) == 0
+    assert main([*arguments[:-4], "--output", str(tmp_path / "r"), "--bits", "5"]) == 2
+    assert "5 bits: choose one of 2, 3, 4, 8" in capsys.readouterr().err
+
+
+def test_the_reference_kernel_is_named(tiny, calibration):
+    q = quantize(tiny, 4, 32, calibration=calibration)
+    assert {m.kernel for m in q.model.modules() if isinstance(m, QuantLinear)} == {REFERENCE}
