@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: lab test setup check notebooks constraints clean
+.PHONY: lab test setup check peers notebooks constraints clean
 .DEFAULT_GOAL := lab
 
 lab: $(STAMP)  ## run the notebooks, write figures/ and report/index.html
@@ -39,6 +39,15 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 	@$(BIN)/llmlab doctor
 
+peers: .peers/gptqmodel/.installed .peers/autogptq/.installed  ## libraries whose pins conflict, in .peers/
+
+.peers/%/.installed: peers/%.txt
+	@echo "== llmlab: building the peer $* in .peers/$* (a minute or two)"
+	@$(PYTHON) -m venv .peers/$*
+	@.peers/$*/bin/python -m pip install -qq --disable-pip-version-check setuptools==84.2.1 wheel packaging ninja
+	@.peers/$*/bin/python -m pip install -qq --disable-pip-version-check --no-build-isolation -r peers/$*.txt
+	@touch $@
+
 notebooks: $(STAMP)  ## execute the committed notebooks in place; progress bars keep their last line alone
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
 	  --ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=ERROR notebooks/[0-9]*.ipynb
@@ -50,4 +59,4 @@ constraints: $(STAMP)  ## pin what is installed now
 	  > constraints.tmp && mv constraints.tmp constraints.txt
 
 clean:
-	rm -rf $(VENV) report .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .peers report .pytest_cache .mypy_cache .ruff_cache .hypothesis

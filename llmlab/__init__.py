@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from llmlab.measure.record import Measurement as Measurement
     from llmlab.measure.record import records as records
     from llmlab.model import LM as LM
+    from llmlab.quantization.calibrate import quantize as quantize
+    from llmlab.quantization.linear import with_dtype as with_dtype
     from llmlab.scoring.perplexity import perplexity as perplexity
     from llmlab.scoring.score import score as score
     from llmlab.sharding.plan import plan as plan
@@ -51,8 +53,10 @@ _HOME = {
     "model_card": "llmlab.loading",
     "perplexity": "llmlab.scoring.perplexity",
     "plan": "llmlab.sharding.plan",
+    "quantize": "llmlab.quantization.calibrate",
     "records": "llmlab.measure.record",
     "score": "llmlab.scoring.score",
+    "with_dtype": "llmlab.quantization.linear",
 }
 __all__ = [*sorted(_HOME), "__version__", "data", "record"]
 

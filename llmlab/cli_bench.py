@@ -131,7 +131,7 @@ def bench_quantization(
 
     if repeats < 1:
         raise InputError(f"{repeats} repeats: give a positive number.")
-    text = read_text(calibration) if calibration else wikitext("validation")
+    text = read_text(calibration) if calibration else wikitext("valid")
     test, questions = wikitext("test"), read_rows(data, limit)
     lm, _ = load_model(model, "fp32", device, None, None, False)
     result = bench_module.bench_quantization(

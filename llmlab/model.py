@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 
 from llmlab.card import ModelCard
 from llmlab.errors import InputError
+from llmlab.paths import new_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
-BITSANDBYTES = ("int8", "nf4")
 
 
 @dataclass
@@ -48,7 +53,37 @@ class LM:
     @property
     def weight_bytes(self) -> int:
         """Bytes that the weights occupy now, packed ones as packed; tied tensors count once."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        held = {id(t): t.numel() * t.element_size() for t in self.model.parameters()}
+        for module in self.model.modules():
+            if "qweight" in module._buffers:  # a QuantLinear's weights are buffers: they are not trained
+                held |= {id(t): t.numel() * t.element_size() for t in module.buffers(recurse=False)}
+        return sum(held.values())
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model, quantized or not, and its tokenizer, as transformers reads them (GPTQModel too, if packed).
+
+        The folder appears when it is complete. Raises InputError if it exists already or cannot be written.
+        """
+        target = new_folder(folder)
+        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            config = self.model.config
+            config.save_pretrained(staging)
+            if getattr(self.model, "generation_config", None) is not None:
+                self.model.generation_config.save_pretrained(staging)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(staging)
+            tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+            if config.tie_word_embeddings:
+                tensors.pop("lm_head.weight", None)
+            save_torch_state_dict(tensors, staging, metadata={"format": "pt"})
+            if settings := getattr(config, "quantization_config", None):
+                (staging / "quantize_config.json").write_text(json.dumps(settings, indent=2))
+            staging.chmod(0o755)
+            staging.rename(target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return target
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with the special tokens that this tokenizer adds by itself."""

@@ -48,6 +48,15 @@ def check_writable(folder: Path) -> Path:
     return folder
 
 
+def new_folder(folder: str | Path) -> Path:
+    """The path of a folder that is still to be made. Raises InputError if it exists or cannot be made."""
+    target = Path(folder).expanduser()
+    if target.exists():
+        raise InputError(f"{target} exists already: give a new folder, or remove it.")
+    check_writable(target.parent)
+    return target
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the name of `path` only when the block ends without an error."""

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 import llmlab
 from llmlab import InputError
 from llmlab.quantization.calibrate import calibration_rows, quantize
-from llmlab.quantization.checkpoint import save
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.linear import QuantLinear
 from llmlab.quantization.packing import unpack
@@ -38,14 +37,14 @@ def saved(tiny_folders, tmp_path_factory):
     lm = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
     scheme = Scheme(4, 32, act_order=True, static_groups=False)
     q = quantize(lm, scheme=scheme, calibration=calibration_rows(lm, TEXT, rows=4, context=64))
-    return save(q, tmp_path_factory.mktemp("saved") / "q"), q
+    return q.save(tmp_path_factory.mktemp("saved") / "q"), q
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, -1])
 def test_what_is_saved_is_what_is_loaded(tiny, bits, group_size, tmp_path):
     q = quantize(tiny, bits, group_size, method="rtn")
-    loaded = llmlab.load(str(save(q, tmp_path / "q")), dtype="fp32")
+    loaded = llmlab.load(str(q.save(tmp_path / "q")), dtype="fp32")
     assert_same(loaded, q)
 
 
@@ -145,5 +144,5 @@ def test_settings_that_cannot_be_run_are_refused(saved, tmp_path):
 def test_a_failed_save_leaves_nothing(saved, tmp_path, monkeypatch):
     monkeypatch.setattr("llmlab.quantization.checkpoint.save_torch_state_dict", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        save(saved[1], tmp_path / "q")
+        saved[1].save(tmp_path / "q")
     assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import llmlab
 from llmlab.cli import main
 from llmlab.measure.record import read_records
 
@@ -179,3 +180,20 @@ def test_records_that_cannot_be_written_stop_the_run_before_it_starts(run, rows_
     assert status == 2
     assert "cannot write to the folder" in errors
     assert os.environ["LLMLAB_HOME"] == str(tmp_path / "home")
+
+
+def test_quantize_writes_a_checkpoint_that_score_reads(run, tiny_folders, rows_file, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text("\n".join(f"{q.context} {q.endings[q.label]}" for q in llmlab.data.everyday()))
+    small = ["--model", tiny_folders["llama"], "--group-size", 32, "--rows", 2, "--calibration", text]
+    status, shown, _ = run("quantize", *small, "--bits", 4, "--output", tmp_path / "q", "--json", out)
+    assert status == 0 and "bits_per_weight" in shown
+    found = json.loads(out.read_text())
+    assert found["record"]["transformation"] == "gptq 4 bits, group 32"
+    assert len(found["linears"]) == 14
+    status, _, _ = run("score", "--model", tmp_path / "q", "--data", rows_file, "--limit", 2)
+    assert status == 0
+    status, _, complaint = run("quantize", *small, "--bits", 5, "--output", tmp_path / "r")
+    assert status == 2 and "5 bits: choose one of 2, 3, 4, 8" in complaint
+    status, _, complaint = run("quantize", *small, "--bits", 4, "--output", tmp_path / "q")
+    assert status == 2 and "exists already" in complaint

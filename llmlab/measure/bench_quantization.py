@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +16,13 @@ from llmlab.decoding.generate import generate
 from llmlab.loading import load
 from llmlab.measure.clock import Timing, compare, speedup
 from llmlab.measure.memory import peak_bytes
+from llmlab.measure.peers import missing, peer_logits, peer_quantize
 from llmlab.measure.phases import prefill
 from llmlab.measure.record import Measurement
 from llmlab.model import LM
 from llmlab.quantization.calibrate import Report, quantize
 from llmlab.quantization.grid import Scheme
-from llmlab.quantization.linear import QuantLinear, with_dtype
+from llmlab.quantization.linear import QuantLinear, dequantized, with_dtype
 from llmlab.quantization.rotate import rotated
 from llmlab.scoring.perplexity import perplexity
 from llmlab.scoring.score import score
@@ -95,13 +98,15 @@ def bench_quantization(
             made.append(quantize(base, method=method, scheme=scheme, calibration=given, report=report))
 
         peak = peak_bytes(make, lm.device)
-        quantized = made[0]
+        quantized = made.pop()
         cost = {"seconds_to_quantize": report.seconds, "peak_bytes_to_quantize": peak}
         about = {"variant": name, "method": method, "bits": scheme.bits, "group_size": scheme.group_size}
         about |= {"rotated": turned, "act_order": scheme.act_order}
-        add(about | exact.quality(quantized) | _size(quantized) | cost)
-        if name in ("rotated GPTQ 4 bits", "GPTQ 8 bits"):
+        add(about | exact.quality(dequantized(quantized)) | _size(quantized) | cost)
+        if name in ("rotated GPTQ 4 bits", "GPTQ 4 bits", "GPTQ 8 bits"):
             kept[name] = with_dtype(quantized, "bf16")
+            if name == "GPTQ 4 bits":
+                own = quantized
     if peers:
         for method in ("int8", "nf4", "fp4"):
             peer = load(lm.name, dtype="bf16", device=lm.device, bitsandbytes=method)
@@ -110,6 +115,9 @@ def bench_quantization(
             # Saving and loading do not apply: bitsandbytes quantizes while it loads.
             add(about | {"bits": bits} | exact.quality(peer) | _size(peer))
             kept[f"bitsandbytes {method}"] = peer
+    interchange: dict[str, Any] = {"perplexity_vs_gptqmodel": None, "gptqmodel": "not asked for"}
+    if peers:
+        interchange = _gptqmodel(lm, own, calibration, exact, add)
     speeds, ratios = _speeds(lm, kept, repeats)
     for row in rows:
         row |= speeds.get(row["variant"], {})
@@ -120,8 +128,35 @@ def bench_quantization(
         "perplexity_protocol": exact.protocol,
         "rows": rows,
         **ratios,
+        **interchange,
         **summary(by_name),
     }
+
+
+def _gptqmodel(
+    lm: LM, own: LM, calibration: torch.Tensor, exact: _Exact, add: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """GPTQModel's GPTQ on the same rows, and checkpoints exchanged both ways; says why where it is missing."""
+    found: dict[str, Any] = {"perplexity_vs_gptqmodel": None}
+    if reason := missing("gptqmodel"):
+        return found | {"gptqmodel": reason}
+    scheme = Scheme(4, 64, act_order=True)
+    ids = exact.windows[:1]
+    with tempfile.TemporaryDirectory() as temporary:
+        theirs, ours = Path(temporary) / "theirs", Path(temporary) / "ours"
+        answer = peer_quantize("gptqmodel", lm, calibration, scheme, theirs)
+        loaded = load(str(theirs), dtype="fp32", device=lm.device)
+        about = {"variant": "GPTQModel 4 bits", "method": "gptqmodel", "bits": 4, "group_size": 64, "act_order": True}
+        cost = {"seconds_to_quantize": answer["seconds"]}
+        add(about | exact.quality(dequantized(loaded)) | _size(loaded) | cost)
+        own.save(ours)
+        for name, folder, model in (("theirs_here", theirs, loaded), ("ours_there", ours, own)):
+            with torch.inference_mode():
+                here = dequantized(model).model(input_ids=ids).logits.float().cpu()
+            for loader in ("gptqmodel", "transformers"):
+                there = peer_logits("gptqmodel", folder, ids, loader=loader)
+                found[f"max_abs_delta_logit_{name}_{loader}"] = float((here - there).abs().max())
+    return found | {"gptqmodel": answer["versions"]}
 
 
 def summary(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -133,6 +168,8 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
         found[f"best_{bits}bit_over_fp32"] = min(own) / exact
         gained = rows[f"GPTQ {bits} bits"]["perplexity"] - exact
         found[f"gptq_over_rtn_{bits}bit"] = gained / (rows[f"RTN {bits} bits"]["perplexity"] - exact)
+    if peer := rows.get("GPTQModel 4 bits"):
+        found["perplexity_vs_gptqmodel"] = rows["GPTQ 4 bits"]["perplexity"] / peer["perplexity"]
     return found
 
 

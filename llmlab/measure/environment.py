@@ -107,9 +107,9 @@ def kernels() -> list[tuple[str, bool, str]]:
         ("int4 packed matmul, CPU", hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"), "torch, bf16 activations"),
         ("int8 packed matmul, CPU", hasattr(torch.ops.aten, "_weight_int8pack_mm"), "torch, bf16 activations"),
         ("bf16 matmul, GPU", bf16_gpu, _why(capability, (8, 0)) if cards else no_gpu),
-        ("int4 packed matmul, GPU", bf16_gpu, _why(capability, (8, 0)) if cards else no_gpu),
-        ("Triton kernels", bool(cards) and "triton" in have, "package triton" if cards else no_gpu),
-        ("bitsandbytes int8, nf4", "bitsandbytes" in have, _or_install(have.get("bitsandbytes"), "gpu")),
+        ("int4 packed matmul, GPU", False, "torch has one, llmlab uses Triton's"),
+        ("2, 3, 4, 8-bit matmul, GPU, Triton", bool(cards) and "triton" in have, "package triton" if cards else no_gpu),
+        ("bitsandbytes int8, nf4, fp4", "bitsandbytes" in have, _or_install(have.get("bitsandbytes"), "gpu")),
         ("GGUF files", "gguf" in have, _or_install(have.get("gguf"), "demo")),
     ]
 

@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmlab.data import wikitext
 from llmlab.errors import InputError, NumericalError
 from llmlab.matmul import fastest_matmuls
 from llmlab.model import LM, decoder_layers
@@ -55,10 +56,12 @@ class Report:
 
 
 def calibration_rows(lm: LM, text: str, *, rows: int = ROWS, context: int = CONTEXT) -> torch.Tensor:
-    """The first `rows` x `context` tokens of a text, [rows, context]; fewer rows if the text is shorter.
+    """The first `rows` x `context` tokens of a text, [rows, context]; fewer rows if the text is shorter, and shorter
+    ones where the model has fewer positions.
 
     Raises InputError if the text has not a single full row.
     """
+    context = min(context, lm.card.context_length)
     ids = torch.tensor(lm.encode(text))
     whole = min(rows, len(ids) // context)
     if whole < 1:
@@ -84,7 +87,7 @@ def quantize(
     group_size: int = 64,
     *,
     method: str = "gptq",
-    calibration: torch.Tensor | None = None,
+    calibration: torch.Tensor | str | None = None,
     scheme: Scheme | None = None,
     read_layer: Callable[[int], torch.nn.Module] | None = None,
     keep: Path | None = None,
@@ -102,7 +105,8 @@ def quantize(
         bits: 2, 3, 4 or 8.
         group_size: input columns that share a grid; -1 for a whole row.
         method: "gptq" (arXiv 2210.17323) or "rtn" (round-to-nearest, needs no calibration).
-        calibration: token ids [rows, tokens], from `calibration_rows`; needed for GPTQ.
+        calibration: a text, or token ids [rows, tokens] from `calibration_rows`; by default the first 64 x 512 tokens
+            of WikiText-2's validation part. RTN needs none.
         scheme: all settings at once, instead of `bits` and `group_size`.
         read_layer: gives decoder layer i with its weights; by default a copy of the model's own.
         keep: folder in which finished layers are kept: a killed job that is started again goes on behind them.
@@ -115,13 +119,15 @@ def quantize(
     """
     scheme = scheme or Scheme(bits, group_size)
     check_quantizable(lm, scheme, method)
-    if method == "gptq" and calibration is None:
-        raise InputError("GPTQ needs calibration text: give calibration=calibration_rows(lm, text).")
+    if method == "rtn":
+        calibration = None
+    elif not isinstance(calibration, torch.Tensor):
+        calibration = calibration_rows(lm, wikitext("valid") if calibration is None else calibration)
     path, layers = decoder_layers(lm.model)
     report = report if report is not None else Report()
     begin = time.perf_counter()
     walk = None
-    if method == "gptq" and calibration is not None:
+    if calibration is not None:
         report.tokens = calibration.numel()
         walk = _Walk(lm, calibration, scheme, report, reduce)
     finished = _Finished(keep, _identity(lm, scheme, method, calibration)) if keep else None

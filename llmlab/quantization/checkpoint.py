@@ -1,70 +1,27 @@
-"""Quantized models on disk, in the format that AutoGPTQ began and GPTQModel, transformers and vLLM read.
+"""Quantized models read from disk, in the format that AutoGPTQ began and GPTQModel, transformers and vLLM share.
 
 A folder of transformers' (config.json, tokenizer, safetensors) in which a quantized Linear has `qweight`, `qzeros`,
 `scales` and `g_idx` instead of `weight` (see `QuantLinear`), and `quantization_config` in config.json says how.
-Zero points are stored minus one ("gptq"), or as they are ("gptq_v2").
+Zero points are stored minus one ("gptq"), or as they are ("gptq_v2"). `LM.save` writes it.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
 from llmlab.errors import InputError
-from llmlab.model import LM
-from llmlab.paths import check_writable
 from llmlab.quantization.grid import BITS
 from llmlab.quantization.linear import QuantLinear, prepare, replace_linears
 from llmlab.quantization.packing import pack, unpack
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
-
-
-def save(lm: LM, folder: str | Path) -> Path:
-    """Write a model, quantized or not, with its tokenizer; the folder appears when it is complete.
-
-    Raises:
-        InputError: the folder exists already or cannot be written.
-    """
-    target = check_target(folder)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        config = lm.model.config
-        config.save_pretrained(staging)
-        if getattr(lm.model, "generation_config", None) is not None:
-            lm.model.generation_config.save_pretrained(staging)
-        if lm.tokenizer is not None:
-            lm.tokenizer.save_pretrained(staging)
-        tensors = {name: tensor.contiguous() for name, tensor in lm.model.state_dict().items()}
-        if config.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
-        save_torch_state_dict(tensors, staging, metadata={"format": "pt"})
-        if settings := getattr(config, "quantization_config", None):
-            (staging / "quantize_config.json").write_text(json.dumps(settings, indent=2))
-        staging.chmod(0o755)
-        staging.rename(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return target
-
-
-def check_target(folder: str | Path) -> Path:
-    """The folder's path. Raises InputError if it exists already or its parent cannot be written."""
-    target = Path(folder).expanduser()
-    if target.exists():
-        raise InputError(f"{target} exists already: give a new folder, or remove it.")
-    check_writable(target.parent)
-    return target
 
 
 def settings_of(config: Any) -> dict[str, Any] | None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from llmlab.errors import InputError
 from llmlab.model import LM, check_device
+from llmlab.paths import new_folder
 from llmlab.quantization.calibrate import ROWS, Report, calibration_rows, check_quantizable, quantize
-from llmlab.quantization.checkpoint import check_target, save
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.rotate import rotate
 from llmlab.quantization.stream import stream
@@ -47,7 +47,7 @@ def quantize_to(
         NumericalError: see `quantize`.
     """
     scheme.check()
-    target = check_target(folder)
+    target = new_folder(folder)
     if rows < 1:
         raise InputError(f"{rows} calibration rows: give a positive number.")
     lm, read_layer = stream(name, dtype=dtype, device=check_device(device))
@@ -59,6 +59,6 @@ def quantize_to(
     quantized = quantize(
         lm, method=method, calibration=calibration, scheme=scheme, read_layer=read_layer, keep=keep, report=report
     )
-    save(quantized, target)
+    quantized.save(target)
     shutil.rmtree(keep)
     return quantized, report

@@ -10,6 +10,7 @@ import copy
 import functools
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ REFERENCE = "dequantize, then matmul"
 INT4_CPU = "torch int4 (CPU)"
 INT8_CPU = "torch int8 (CPU)"
 TRITON = "Triton W4A16"
+DECODE_ROWS = 8  # up to here a step is bound by reading the weights
 
 
 class QuantLinear(torch.nn.Module):
@@ -106,6 +108,13 @@ class QuantLinear(torch.nn.Module):
         if self.fast is not None and x.numel() <= self.limit * self.in_features:
             out = self.fast(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
             return out if self.bias is None else out + self.bias.to(x.dtype)
+        if self.fast is None and x.numel() <= DECODE_ROWS * self.in_features:
+            warnings.warn(
+                f"{self.bits}-bit weights with {str(x.dtype)[6:]} activations have no packed kernel here: each step "
+                'unpacks all weights, which is slow. llmlab.with_dtype(lm, "bf16") has one where the group size is 32, '
+                "64, 128 or 256.",
+                stacklevel=2,
+            )
         return self.multiply_dequantized(x)
 
     def multiply_dequantized(self, x: torch.Tensor) -> torch.Tensor:
@@ -209,6 +218,25 @@ def with_dtype(lm: LM, dtype: str) -> LM:
     model.config.dtype = DTYPES[dtype]
     prepare(model, DTYPES[dtype])
     return replace(lm, model=model, card=replace(lm.card, dtype=dtype))
+
+
+def dequantized(lm: LM) -> LM:
+    """A copy with plain Linears that hold the dequantized weights: the same outputs at a plain model's speed and size.
+
+    For measuring what a grid loses, which needs no packed kernel.
+    """
+    model = copy.deepcopy(lm.model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            plain = torch.nn.Linear(
+                module.in_features, module.out_features, bias=module.bias is not None, device="meta"
+            )
+            plain.weight = torch.nn.Parameter(module.dequantize(lm.model.dtype).contiguous(), requires_grad=False)
+            if module.bias is not None:
+                plain.bias = torch.nn.Parameter(module.bias, requires_grad=False)
+            model.set_submodule(name, plain)
+    del model.config.quantization_config
+    return replace(lm, model=model)
 
 
 def replace_linears(layer: torch.nn.Module, packed: dict[str, QuantLinear]) -> None:

@@ -11,12 +11,20 @@ import torch
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack along the first dimension: integers [n, m] below 2^bits, n a multiple of 32, to int32 [n * bits / 32, m]."""
+    if 32 % bits:
+        return _pack_stream(values, bits)
+    shifts = torch.arange(0, 32, bits, device=values.device, dtype=torch.int32)[:, None]
+    words = values.int().reshape(-1, 32 // bits, values.shape[1]) << shifts
+    packed: torch.Tensor = words.sum(dim=1, dtype=torch.int32)  # no two share a bit, so the sum is their union
+    return packed
+
+
+def _pack_stream(values: torch.Tensor, bits: int) -> torch.Tensor:
     n, m = values.shape
-    stream = (values.int()[:, None] >> torch.arange(bits, device=values.device)[:, None]) & 1  # [n, bits, m]
-    words = stream.reshape(n * bits // 32, 32, m).to(torch.int64) << torch.arange(32, device=values.device)[:, None]
-    total = words.sum(dim=1)  # 0 .. 2^32 - 1
-    signed: torch.Tensor = torch.where(total >= 2**31, total - 2**32, total)
-    return signed.to(torch.int32)
+    places = torch.arange(32, device=values.device, dtype=torch.int32)[:, None]
+    stream = (values.int()[:, None] >> places[:bits]) & 1  # [n, bits, m]
+    packed: torch.Tensor = (stream.reshape(n * bits // 32, 32, m) << places).sum(dim=1, dtype=torch.int32)
+    return packed
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
