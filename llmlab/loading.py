@@ -81,9 +81,13 @@ def load(
     if source.kind == "random":
         return LM(_random_model(config, dtype, where, seed), None, card, name, revision=f"seed:{seed}")
     with _quiet_loading(unless=card.bytes >= 4e9):
-        tokenizer = AutoTokenizer.from_pretrained(
-            **source.transformers_args, revision=revision, trust_remote_code=trust_remote_code
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                **source.transformers_args, revision=revision, trust_remote_code=trust_remote_code
+            )
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{name} has no tokenizer that transformers can read: {reason}") from None
         lm = LM(
             None,
             tokenizer,

@@ -40,6 +40,7 @@ def variants() -> list[tuple[str, str, bool, Scheme]]:
         plain = Scheme(bits, 64)
         found += [
             (f"RTN {bits} bits", "rtn", False, replace(plain, search=False)),
+            (f"RTN {bits} bits, searched grid", "rtn", False, plain),
             (f"GPTQ {bits} bits, no act-order", "gptq", False, replace(plain, act_order=False)),
             (f"GPTQ {bits} bits", "gptq", False, plain),
             (f"rotated RTN {bits} bits", "rtn", True, replace(plain, search=False)),
@@ -101,7 +102,7 @@ def bench_quantization(
         quantized = made.pop()
         cost = {"seconds_to_quantize": report.seconds, "peak_bytes_to_quantize": peak}
         about = {"variant": name, "method": method, "bits": scheme.bits, "group_size": scheme.group_size}
-        about |= {"rotated": turned, "act_order": scheme.act_order}
+        about |= {"rotated": turned, "act_order": scheme.act_order, "search": scheme.search}
         add(about | exact.quality(dequantized(quantized)) | _size(quantized) | cost)
         if name in ("rotated GPTQ 4 bits", "GPTQ 4 bits", "GPTQ 8 bits"):
             kept[name] = with_dtype(quantized, "bf16")

@@ -74,7 +74,9 @@ def peer_quantize(peer: str, lm: LM, calibration: torch.Tensor, scheme: Scheme, 
             "sym": scheme.symmetric,
             "ids": calibration.tolist(),
         }
-        return call(peer, request)
+        answer = call(peer, request)
+    lm.tokenizer.save_pretrained(folder)  # AutoGPTQ leaves it to the caller
+    return answer
 
 
 def peer_logits(peer: str, folder: Path, ids: torch.Tensor, *, loader: str | None = None) -> torch.Tensor:

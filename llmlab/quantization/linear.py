@@ -260,7 +260,9 @@ def quant_config(scheme: Scheme, method: str) -> dict[str, Any]:
         "damp_percent": scheme.damping,
         "lm_head": False,
         "checkpoint_format": "gptq",
-        "meta": {"quantizer": [f"llmlab:{__version__}"], "method": method},
+        # GPTQModel takes asymmetric grids from its own version 0.9 on alone: older writers let a zero point overflow.
+        # Ours is 1 or more, so what is written is what that version writes.
+        "meta": {"quantizer": [f"llmlab:{__version__}", "gptqmodel:0.9.0"], "method": method},
     }
 
 

@@ -1,0 +1,69 @@
+"""The peers of `make peers`: refused with what to run when missing, and equal outputs both ways when they are here."""
+
+import json
+
+import pytest
+import torch
+
+import llmlab
+from llmlab import InputError
+from llmlab.measure import peers
+from llmlab.measure.peers import call, missing, peer_logits, peer_quantize
+from llmlab.quantization.calibrate import calibration_rows, quantize
+from llmlab.quantization.grid import Scheme
+from llmlab.quantization.linear import dequantized
+
+TEXT = "\n".join(f"{q.context} {q.endings[q.label]}" for q in llmlab.data.everyday())
+
+
+def test_a_missing_peer_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "PACKAGE", tmp_path / "llmlab")
+    with pytest.raises(InputError, match="clone it and run make peers"):
+        call("gptqmodel", {})
+    (tmp_path / "peers").mkdir()
+    (tmp_path / "peers" / "gptqmodel_worker.py").touch()
+    with pytest.raises(InputError, match="gptqmodel is not here: run make peers"):
+        call("gptqmodel", {})
+
+
+@pytest.mark.parametrize(
+    ("worker", "complaint"),
+    [
+        ("print('noise'); print('{\"error\": \"no memory\"}')", "failed on logits: no memory"),
+        ("import sys; sys.exit('boom')", "failed on logits: boom"),
+        ("import time; time.sleep(60)", "did not answer within 1 s"),
+    ],
+)
+def test_a_peer_that_fails_is_named(tmp_path, monkeypatch, worker, complaint):
+    monkeypatch.setattr(peers, "PACKAGE", tmp_path / "llmlab")
+    (tmp_path / "peers").mkdir()
+    (tmp_path / "peers" / "gptqmodel_worker.py").write_text(worker)
+    python = tmp_path / ".peers" / "gptqmodel" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to("/usr/bin/env")
+    monkeypatch.setattr(peers, "_python", lambda peer: __import__("sys").executable)
+    monkeypatch.setattr(peers, "missing", lambda peer: None)
+    with pytest.raises(RuntimeError, match=complaint):
+        call("gptqmodel", {"job": "logits"}, timeout=1 if "sleep" in worker else 60)
+
+
+@pytest.mark.parametrize("peer", ["gptqmodel", "autogptq"])
+@pytest.mark.parametrize("static", [True, False])
+def test_checkpoints_go_both_ways(tiny_folders, tmp_path, peer, static):
+    if reason := missing(peer):
+        pytest.skip(reason)
+    lm = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
+    rows = calibration_rows(lm, TEXT, rows=8)
+    ids = rows[:1, :64]
+    loaders = [None, "transformers"] if peer == "gptqmodel" else [None]
+    scheme = Scheme(4, 32, act_order=True, static_groups=static)
+    ours = quantize(lm, scheme=scheme, calibration=rows)
+    ours.save(tmp_path / "ours")
+    answer = peer_quantize(peer, lm, rows, scheme, tmp_path / "theirs")
+    assert json.dumps(answer["versions"])
+    theirs = llmlab.load(str(tmp_path / "theirs"), dtype="fp32")
+    for folder, model in ((tmp_path / "ours", ours), (tmp_path / "theirs", theirs)):
+        with torch.inference_mode():
+            here = dequantized(model).model(input_ids=ids).logits
+        for loader in loaders:
+            assert (here - peer_logits(peer, folder, ids, loader=loader)).abs().max() <= 1e-2
