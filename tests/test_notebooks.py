@@ -7,6 +7,7 @@ from llmlab.lab.report import report
 
 SMALL = {
     "00_start_here": {"limit": 3, "max_new_tokens": 6},
+    "03_quantization": {"rows": 2, "windows": 2, "group_size": 32},
     "05_shared_prefix_scoring": {"limit": 2, "min_runs": 1},
     "01_where_time_goes": {"prompt_tokens": 16, "widths": [1, 8], "min_runs": 3},
 }
@@ -17,10 +18,13 @@ def test_small_parameters_cover_every_notebook():
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_notebook(name, tmp_path, monkeypatch):
+def test_notebook(name, tiny_folders, tmp_path, monkeypatch):
+    parameters = dict(SMALL[name])
+    if name == "03_quantization":  # quantizing the built-in model four times takes minutes
+        parameters["model"] = str(tiny_folders["llama"])
     monkeypatch.setenv("LLMLAB_HOME", str(tmp_path))
     notebook = CHECKOUT / "notebooks" / f"{name}.ipynb"
-    (run,) = report([notebook], output=tmp_path / "report", parameters=SMALL[name])
+    (run,) = report([notebook], output=tmp_path / "report", parameters=parameters)
     assert run.error is None
     page = (tmp_path / "report" / f"{name}.html").read_text()
     assert "No description has been provided" not in page

@@ -69,30 +69,38 @@ def layer_errors(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def quality_over_size(rows: pd.DataFrame, exact: float, title: str) -> Figure:
-    """Perplexity over bits a weight, a colour and marker per method, joined along the bits.
+def quality_over_size(rows: pd.DataFrame, title: str) -> Figure:
+    """Perplexity as a multiple of the unquantized model's, over bits a weight; a colour and marker per method.
 
     Args:
-        rows: columns `method`, `bits_per_weight`, `perplexity`.
-        exact: perplexity of the model that was quantized, drawn as a line.
+        rows: columns `method`, `bits_per_weight`, `ratio` and its interval `low`, `high`.
         title: the figure's message.
     """
     with style():
         figure, axes = plt.subplots(figsize=(7, 4.2))
+        left = float(rows["bits_per_weight"].min())
         for (method, mine), colour, marker in zip(
             rows.groupby("method", sort=False), (GREY, BLUE, ORANGE, GREEN, "#CC79A7"), "sodv^", strict=False
         ):
             mine = mine.sort_values("bits_per_weight")
-            axes.plot(mine["bits_per_weight"], mine["perplexity"], marker=marker, color=colour, linewidth=1.4)
-            x, y = mine.iloc[0][["bits_per_weight", "perplexity"]]
-            axes.annotate(
-                str(method), (x, y), (-8, 0), textcoords="offset points", ha="right", va="center", color=colour, size=9
+            spread = [mine["ratio"] - mine["low"], mine["high"] - mine["ratio"]]
+            axes.errorbar(
+                mine["bits_per_weight"],
+                mine["ratio"],
+                yerr=spread,
+                marker=marker,
+                color=colour,
+                capsize=3,
+                label=method,
             )
-        axes.axhline(exact, color="black", linewidth=1, linestyle="--")
-        axes.text(float(rows["bits_per_weight"].max()), exact, "not quantized", va="bottom", ha="right", size=9)
+        axes.axhline(1, color="black", linewidth=1, linestyle="--")
+        axes.annotate("not quantized", (left, 1), (0, 3), textcoords="offset points", size=9)
         axes.set_yscale("log")
-        axes.set_xlim(left=float(rows["bits_per_weight"].min()) - 1.2)
+        ticks = [t for t in (1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100) if t <= float(rows["high"].max()) * 1.1]
+        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        axes.minorticks_off()
         axes.set_xlabel("bits a weight as saved (grids included)")
-        axes.set_ylabel("perplexity (log)")
+        axes.set_ylabel("perplexity / fp32's (log; bars: paired 95 %)")
+        axes.legend()
         axes.set_title(title)
     return figure

@@ -146,7 +146,7 @@ def quantize(
                 if finished:
                     finished.write(index, layer, report)
             done.append(layer)
-            if report.linears:
+            if walk and report.linears:
                 last = report.linears[-1]
                 bar.set_postfix_str(f"{last['name'].split('.')[-1]} error {last['error']:.1e}", refresh=False)
             bar.update(1)
