@@ -1,4 +1,4 @@
-"""The two ways a run ends early."""
+"""The ways a run ends early."""
 
 
 class InputError(ValueError):
@@ -11,3 +11,11 @@ class InputError(ValueError):
 
 class NumericalError(ArithmeticError):
     """The model produced NaN or infinity: reported with its place, never averaged into a result."""
+
+
+class RankError(RuntimeError):
+    """A rank raised, died or was killed: `rank` is its number, the text its traceback or last words."""
+
+    def __init__(self, text: str, rank: int) -> None:
+        super().__init__(text)
+        self.rank = rank

@@ -103,6 +103,11 @@ def test_rotation_changes_nothing_but_the_weights(smollm2):
     assert (exact - found).abs().max() <= 1e-3
     assert torch.equal(exact.argmax(-1), found.argmax(-1))
     assert turned.transformation == "rotated"
+    questions = llmlab.data.everyday(3)
+    scores = [
+        torch.tensor([x for row in llmlab.score(lm, questions).log_probs for x in row]) for lm in (smollm2, turned)
+    ]
+    assert (scores[0] - scores[1]).abs().max() < 1e-3
     assert not turned.model.config.tie_word_embeddings and smollm2.model.config.tie_word_embeddings
     q = random_orthogonal(96, torch.Generator().manual_seed(1))
     assert (q @ q.T - torch.eye(96)).abs().max() < 1e-12
@@ -229,8 +234,10 @@ def test_every_way_to_run_packed_weights_agrees(short):
     assert not any(isinstance(m, QuantLinear) for m in plain.model.modules())
     assert {m.kernel for m in half.model.modules() if isinstance(m, QuantLinear)} == {INT4_CPU}
     scores = {name: llmlab.score(lm, questions).log_probs for name, lm in [("q", q), ("plain", plain)]}
+    scores["reference"] = llmlab.score(plain, questions, method="reference").log_probs
     flat = {name: torch.tensor([x for row in rows for x in row]) for name, rows in scores.items()}
     assert (flat["q"] - flat["plain"]).abs().max() < 1e-3
+    assert (flat["reference"] - flat["plain"]).abs().max() < 1e-3
     exact, found = logits(plain), logits(half)
     assert (exact - found).norm() / exact.norm() < 0.02  # bf16 has eight bits
     with pytest.warns(UserWarning, match="no packed kernel"):

@@ -75,9 +75,14 @@ AttentionInterface.register(NAME, trie_attention)
 @contextmanager
 def tries_attend(lm: LM) -> Iterator[None]:
     """Within the block the model's attention is `trie_attention`: every forward pass needs `trie_masks`."""
-    before = lm.model.config._attn_implementation
-    lm.model.set_attn_implementation(NAME)
+    # Attention modules read their own `config`. Layers that were copied or streamed may hold one of their own, which
+    # set_attn_implementation() does not reach; with its attention the tries would see one another, silently.
+    configs = {id(module.config): module.config for module in lm.model.modules() if hasattr(module, "config")}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._attn_implementation = NAME
     try:
         yield
     finally:
-        lm.model.set_attn_implementation(before)
+        for key, config in configs.items():
+            config._attn_implementation = before[key]

@@ -1,0 +1,269 @@
+"""Ranks: processes that start together, report together and die together.
+
+`Ranks` starts them from a notebook, a script or a test and speaks with each over a socket of its own; under `torchrun`
+the processes exist already and `Joined` speaks through torch.distributed. Either way `run(function, ...)` calls
+`function(rank, ...)` on every rank and returns the results in order of the ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from llmlab.errors import InputError, RankError
+from llmlab.progress import progress
+from llmlab.sharding.rank import Rank, join
+
+GRACE = 3.0  # seconds to wait for the other ranks' reports when one fails, and for all to leave at the end
+
+
+class Group(Protocol):
+    """What `ranks()` returns, however the processes came to be."""
+
+    size: int
+    device: str
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """`function(rank, *args, **kwargs)` on every rank; the results by rank."""
+        ...
+
+    def close(self) -> None:
+        """End the ranks."""
+        ...
+
+
+class Ranks:
+    """Processes started from here.
+
+    Raises:
+        InputError: fewer than one rank, or more ranks than GPUs; ranks with different libraries.
+        RankError: a rank ends while it starts.
+    """
+
+    def __init__(self, size: int, *, device: str | None = None, port: int = 0, timeout: float = 600) -> None:
+        self.size = size
+        self.device = check_world(size, device)
+        self.closed = False
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._connections: list[Connection] = []
+        self._said: list[deque[str]] = []
+        try:
+            # The store listens here, so that no port has to be guessed; the ranks come as its clients.
+            self._store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        except (RuntimeError, dist.DistNetworkError) as error:
+            raise InputError(
+                f"port {port} cannot be used ({str(error).splitlines()[0][:120]}): choose another."
+            ) from None
+        try:
+            for index in range(size):
+                self._start(index, self._store.port, timeout)
+            self.run(join_check)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _start(self, index: int, port: int, timeout: float) -> None:
+        ours, theirs = socket.socketpair()
+        settings = {"index": index, "size": self.size, "device": self.device, "port": port, "timeout": timeout}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llmlab.sharding.rank", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the ranks
+            env=os.environ | {"LLMLAB_PARENT": str(os.getpid()), "TQDM_DISABLE": "1"},
+        )
+        theirs.close()
+        connection = Connection(ours.detach())
+        self._processes.append(process)
+        self._connections.append(connection)
+        self._said.append(deque(maxlen=20))
+        threading.Thread(target=self._relay, args=(index, process), daemon=True).start()
+        with contextlib.suppress(BrokenPipeError):  # a rank that died at once is found by run()
+            connection.send(settings)
+
+    def _relay(self, index: int, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            text = line.decode(errors="replace").rstrip()
+            self._said[index].append(text)
+            if not self.closed:
+                print(f"[rank {index}] {text}", file=sys.stderr, flush=True)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """`function(rank, *args, **kwargs)` on every rank; `function` is found by its module and name.
+
+        Raises:
+            InputError: what the function raised as InputError, or the ranks have ended.
+            RankError: a rank raised, died or was killed: its number and traceback. All ranks have ended then.
+        """
+        if self.closed:
+            raise InputError("the ranks have ended: start new ones with llmlab.ranks(n).")
+        if function.__module__ == "__main__" or "<" in function.__qualname__:
+            raise InputError(f"ranks cannot import {function.__qualname__}: put it into a module of its own.")
+        try:
+            for connection in self._connections:
+                with contextlib.suppress(BrokenPipeError):
+                    connection.send((function.__module__, function.__qualname__, args, kwargs))
+            return self._collect()
+        except BaseException:
+            self.kill()  # also at Ctrl-C: nothing is left running
+            raise
+
+    def _collect(self) -> list[Any]:
+        results: dict[int, Any] = {}
+        failures: list[tuple[float, int, str, str]] = []  # (when, rank, kind, text)
+        deadline: float | None = None
+        waiting = dict(zip(self._connections, range(self.size), strict=True))
+        bar = None
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            for ready in wait(list(waiting), timeout=0.2):
+                connection, index = ready, waiting[ready]  # type: ignore[index]
+                try:
+                    kind, *content = connection.recv()  # type: ignore[union-attr]
+                except (EOFError, ConnectionResetError):
+                    del waiting[connection]  # type: ignore[arg-type]
+                    code = self._processes[index].wait()
+                    failures.append((time.monotonic(), index, "death", self._obituary(index, code)))
+                else:
+                    if kind == "progress":
+                        if bar is None:
+                            bar = progress(content[1], content[2], content[3])
+                        bar.update(content[0] - bar.n)
+                        continue
+                    del waiting[connection]  # type: ignore[arg-type]
+                    if kind == "result":
+                        results[index] = content[0]
+                    else:
+                        failures.append((content[0], index, kind, content[1]))
+                if failures and deadline is None:
+                    deadline = time.monotonic() + GRACE  # the rank that failed first may not be the first to be heard
+        if bar is not None:
+            bar.close()
+        if failures:
+            _raise(failures)
+        return [results[index] for index in range(self.size)]
+
+    def _obituary(self, index: int, code: int) -> str:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        if code == -signal.SIGKILL:
+            how += " (by someone, or for want of memory)"
+        said = "\n".join(self._said[index])
+        return f"rank {index} {how}." + (f" Its last words:\n{said}" if said else "")
+
+    def kill(self) -> None:
+        """End all ranks at once."""
+        self.closed = True
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+        for connection in self._connections:
+            connection.close()
+
+    def close(self) -> None:
+        """Let the ranks leave, then end those that did not."""
+        if self.closed:
+            return
+        self.closed = True
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.send(None)
+        deadline = time.monotonic() + GRACE
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        self.kill()
+
+
+class Joined:
+    """The processes that torchrun started, this one among them: every process runs the same script."""
+
+    def __init__(self, device: str | None = None, timeout: float = 600) -> None:
+        self.size = int(os.environ["WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = check_world(int(os.environ.get("LOCAL_WORLD_SIZE", self.size)), device)
+        self.rank = Rank(int(os.environ["RANK"]), self.size, _own_device(self.device, local))
+        if not dist.is_initialized():
+            dist.init_process_group(_backend(self.device), timeout=timedelta(seconds=timeout))
+        self.run(join_check)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """As `Ranks.run`; what raises here ends this process, and torchrun ends the others."""
+        results: list[Any] = [None] * self.size
+        dist.all_gather_object(results, function(self.rank, *args, **kwargs))
+        return results
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join_check(rank: Rank) -> None:
+    """Raise InputError where ranks differ in what must be equal."""
+    import transformers
+
+    from llmlab import __version__
+
+    mine = {"llmlab": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    mine["device"] = rank.device.type
+    everyone: list[Any] = [None] * rank.size
+    dist.all_gather_object(everyone, mine)
+    for index, other in enumerate(everyone):
+        for what, value in other.items():
+            if value != everyone[0][what]:
+                raise InputError(f"rank {index} has {what} {value}, rank 0 has {everyone[0][what]}: make them equal.")
+
+
+def check_world(size: int, device: str | None) -> str:
+    """The device type of `size` ranks on this machine. Raises InputError if it has too few."""
+    if size < 1:
+        raise InputError(f"{size} ranks: give a positive number.")
+    gpus = torch.cuda.device_count()
+    device = device or ("cuda" if gpus else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {device!r}: choose cpu or cuda.")
+    if device == "cuda" and size > gpus:
+        raise InputError(f"{size} ranks need {size} GPUs, torch sees {gpus}: use fewer ranks, or device='cpu'.")
+    return device
+
+
+def _own_device(device: str, local: int) -> torch.device:
+    return torch.device(device, local) if device == "cuda" else torch.device("cpu")
+
+
+def _backend(device: str) -> str:
+    return "nccl" if device == "cuda" else "gloo"
+
+
+def _raise(failures: list[tuple[float, int, str, str]]) -> None:
+    """Raise for the failure that caused the others: a death before an exception, then the earliest.
+
+    When a rank dies, its neighbours' collectives fail, and they may report first.
+    """
+    deaths = [f for f in failures if f[2] == "death"]
+    when, index, kind, text = min(deaths or failures)
+    del when
+    if kind == "input":
+        raise InputError(text)
+    raise RankError(text if kind == "death" else f"rank {index} failed:\n{text}", index)
+
+
+__all__ = ["Group", "Joined", "Rank", "RankError", "Ranks", "check_world", "join", "join_check"]
