@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmlab.decoding.generate import generate as generate
     from llmlab.errors import InputError as InputError
     from llmlab.errors import NumericalError as NumericalError
+    from llmlab.errors import RankError as RankError
     from llmlab.loading import load as load
     from llmlab.loading import model_card as model_card
     from llmlab.measure.record import Measurement as Measurement
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from llmlab.quantization.linear import with_dtype as with_dtype
     from llmlab.scoring.perplexity import perplexity as perplexity
     from llmlab.scoring.score import score as score
+    from llmlab.sharded import ranks as ranks
     from llmlab.sharding.plan import plan as plan
     from llmlab.stats import Metric as Metric
 
@@ -54,6 +56,8 @@ _HOME = {
     "perplexity": "llmlab.scoring.perplexity",
     "plan": "llmlab.sharding.plan",
     "quantize": "llmlab.quantization.calibrate",
+    "RankError": "llmlab.errors",
+    "ranks": "llmlab.sharded",
     "records": "llmlab.measure.record",
     "score": "llmlab.scoring.score",
     "with_dtype": "llmlab.quantization.linear",

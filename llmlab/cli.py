@@ -170,10 +170,13 @@ def plan(
         str, typer.Option(help="A shipped shape such as llama-30b, or any model: only its config is read.")
     ],
     devices: Annotated[int, typer.Option(help="Number of equal devices.")] = 4,
-    memory: Annotated[str, typer.Option(help="Of each device: 32GiB, 24GB or bytes.")] = "32GiB",
+    memory: Annotated[str | None, typer.Option(help="Of each device: 32GiB, 24GB or bytes; by default 32GiB.")] = None,
     bits: Annotated[int | None, typer.Option(help="Weight bits: 16, 8, 4, 3 or 2; by default 16 and 4.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences that a replica holds at once.")] = 1,
     context: Annotated[int | None, typer.Option(help="Tokens of each; by default up to 2048.")] = None,
+    device: Annotated[str | None, typer.Option(help="v100, a100, h100, h200, rtx4090 or cpu.")] = None,
+    workload: Annotated[str | None, typer.Option(help="hellaswag or decode: predicts seconds; with --device.")] = None,
+    mfu: Annotated[float, typer.Option(help="Share of its peak that a busy device reaches, at most 0.7.")] = 0.7,
     json_file: Json = None,
 ) -> None:
     """Which layouts of data, tensor and pipeline parallelism fit, from a model's config alone."""
@@ -183,7 +186,17 @@ def plan(
 
     card = model_card(model)
     plans = [
-        make(card, devices=devices, memory=memory, bits=b, batch=batch, context=context)
+        make(
+            card,
+            devices=devices,
+            memory=memory,
+            bits=b,
+            batch=batch,
+            context=context,
+            device=device,
+            workload=workload,
+            mfu=mfu,
+        )
         for b in ([bits] if bits is not None else [16, 4])
     ]
     console.print(str(card), markup=False)
@@ -191,7 +204,9 @@ def plan(
         console.print(plan_table(each.title, each.table()))
         best = each.layouts[0]
         verdict = f"best: {best.name}" if best.fits else "nothing fits"
-        console.print(f"{verdict} (usable layouts come first, least communication first)\n", highlight=False)
+        order = "fastest" if each.assumptions else "least communication"
+        console.print(f"{verdict} (usable layouts come first, {order} first)", highlight=False)
+        console.print(f"{each.assumptions}\n", markup=False, highlight=False)
     write_json(json_file, plans[0].as_dict() | {"plans": [each.as_dict() for each in plans]})
 
 

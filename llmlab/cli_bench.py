@@ -18,6 +18,7 @@ def challenge(
     data: Annotated[str, typer.Option(help="hellaswag, everyday, or a JSON Lines file.")] = "hellaswag",
     limit: Annotated[int | None, typer.Option(help="The first N questions; by default all.")] = None,
     layers: Annotated[int | None, typer.Option(help="Keep N decoder layers of a random:SHAPE model.")] = None,
+    devices: Annotated[int, typer.Option(help="Score over N ranks: GPUs, or processes on CPU.")] = 1,
     dtype: Dtype = None,
     device: Device = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the page; by default report/.")] = None,
@@ -34,7 +35,9 @@ def challenge(
     questions = None if model.startswith("random:") else read_rows(data, limit)
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit}: give a positive number of rows, or none for all.")
-    lm, submission = run(model, questions, limit=limit or FULL_SET, dtype=dtype, device=device, layers=layers)
+    lm, submission = run(
+        model, questions, limit=limit or FULL_SET, dtype=dtype, device=device, layers=layers, devices=devices
+    )
     record = append(describe(lm, submission))
     print_metrics(f"challenge: {model}, track {record.track}", submission.metrics(), submission.protocol)
     page = write_challenge_page(submission, record, folder)
@@ -140,4 +143,37 @@ def bench_quantization(
     )  # fmt: skip
     measured = bench_module.measurement(result)
     print_metrics(f"{model}: quantization", measured.metrics(), measured.protocol)
+    finish(lm, measured, result, json_file, warmup=1, repeats=repeats)
+
+
+@bench.command("sharding", epilog="Example: llmlab bench sharding --devices 4 --limit 60 --json out.json")
+def bench_sharding(
+    model: Model = "smollm2",
+    devices: Annotated[int, typer.Option(help="How many ranks.")] = 4,
+    data: Annotated[str, typer.Option(help="everyday (built in), hellaswag, or a JSON Lines file.")] = "everyday",
+    limit: Annotated[int | None, typer.Option(help="Use the first N questions.")] = 60,
+    repeats: Annotated[int, typer.Option(help="Runs of each layout, interleaved.")] = 3,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Every layout of data, tensor and pipeline parallelism against the naive split and one process, measured and
+    simulated (about 6 minutes for the built-in model on 2 cores)."""
+    check_outputs(json_file)
+    from llmlab.measure import bench_sharding as bench_module
+    from llmlab.scoring.score import score
+    from llmlab.sharded import ranks
+
+    if repeats < 1:
+        raise InputError(f"{repeats} repeats: give a positive number.")
+    questions = read_rows(data, limit)
+    with ranks(devices, device=device) as group:
+        lm, _ = load_model(model, None, device, None, None, False)
+        alone = score(lm, questions)
+        result = bench_module.bench_sharding(
+            group, model, questions, alone, repeats=repeats,
+            on_row=lambda row: console.print(bench_module.line(row), highlight=False, soft_wrap=True),
+        )  # fmt: skip
+    measured = bench_module.measurement(result)
+    print_metrics(f"{model} on {devices} ranks", measured.metrics(), measured.protocol)
+    console.print(result["projection"], highlight=False, markup=False)
     finish(lm, measured, result, json_file, warmup=1, repeats=repeats)

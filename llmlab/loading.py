@@ -20,8 +20,8 @@ from llmlab.errors import InputError
 from llmlab.gguf import converted
 from llmlab.model import DTYPES, LM, check_device, check_dtype
 from llmlab.quantization.checkpoint import read_model, settings_of
-from llmlab.quantization.stream import local_folder
 from llmlab.sources import Source, fingerprint, read_config, resolve, shape_config
+from llmlab.weights import local_folder
 
 BITSANDBYTES = ("int8", "nf4", "fp4")
 

@@ -11,6 +11,8 @@ import llmlab
 from llmlab import InputError
 from llmlab.measure.ablation import ablation, branch_and_bound, last_layer_pruned
 from llmlab.measure.bench_scoring import bench_scoring, best_batch_size, measurement, own_matmul_flops, own_matmuls
+from llmlab.measure.bench_sharding import bench_sharding
+from llmlab.measure.bench_sharding import measurement as sharding_measurement
 from llmlab.measure.challenge import ENDING_TOKENS, QUESTION_TOKENS, challenge, synthetic_sequences
 from llmlab.measure.memory import peak_bytes
 from llmlab.scoring import shared
@@ -153,3 +155,37 @@ def test_challenge_from_the_command_line(monkeypatch, capsys, tmp_path):
     page = (tmp_path / "challenge.html").read_text()
     assert "2 of 10,042 questions" in page
     assert "seconds_total" in page
+
+
+def test_challenge_over_ranks_finds_the_same_answers(tiny_folders):
+    questions = llmlab.data.everyday(4)
+    folder = str(tiny_folders["llama"])
+    _, alone = challenge(folder, questions, device="cpu")
+    lm, together = challenge(folder, questions, device="cpu", devices=2)
+    assert alone.result and together.result
+    assert together.result.predictions == alone.result.predictions
+    assert together.tokens == alone.tokens and together.flops == alone.flops
+    assert "data 2" in together.result.method
+    assert 0 < together.seconds_inference < together.seconds_total
+    assert llmlab.record(lm, together).metrics["acc"]
+    with pytest.raises(InputError, match="random weights run on one device"):
+        challenge("random:opt-125m", None, limit=2, devices=2)
+
+
+def test_bench_sharding_reports_what_it_promises(tiny_folders):
+    questions = llmlab.data.everyday(8)
+    folder = str(tiny_folders["llama"])
+    alone = llmlab.score(llmlab.load(folder, dtype="fp32"), questions)
+    with llmlab.ranks(2, device="cpu") as two:
+        result = bench_sharding(two, folder, questions, alone, repeats=1)
+    json.dumps(result)
+    names = [(row["layout"], row["schedule"]) for row in result["layouts"]]
+    assert names[0] == ("pipeline 2", "naive")
+    assert set(names[1:]) == {(f"{how} 2", "micro-batches") for how in ("pipeline", "tensor", "data")}
+    assert result["prediction_agreement"] == 1 and result["max_abs_delta_log_prob"] < 5e-4
+    for row in result["layouts"]:
+        assert row["seconds_measured"] > 0 and row["seconds_simulated"] > 0
+        assert 0 <= row["bubble_simulated"] < 1 and 0 <= row["bubble_measured"] < 1
+        assert (row["bytes_sent"] > 0) == ("pipeline" in row["layout"])
+    assert 200 < result["projected_seconds_v100x4"] < 372
+    assert sharding_measurement(result).n == 8

@@ -94,7 +94,19 @@ def test_doctor(run, tmp_path):
 
 
 def test_every_verb_has_help_with_an_example(run):
-    for verb in ("score", "perplexity", "generate", "plan", "bench scoring", "challenge", "report", "doctor"):
+    for verb in (
+        "score",
+        "perplexity",
+        "generate",
+        "plan",
+        "bench scoring",
+        "bench quantization",
+        "bench sharding",
+        "quantize",
+        "challenge",
+        "report",
+        "doctor",
+    ):
         status, shown, _ = run(*verb.split(), "--help")
         assert status == 0
         assert f"Example: llmlab {verb}" in shown

@@ -2,6 +2,7 @@ import pytest
 
 from llmlab import InputError, model_card, plan
 from llmlab.sharding.plan import RESERVE, parse_bytes
+from llmlab.sharding.predict import DEVICES, device, predict, workload
 
 
 def test_opt_30b_needs_two_gpus_in_fp16_and_one_at_four_bits():
@@ -36,7 +37,7 @@ def test_parts_add_up_and_shrink_with_the_cuts():
 
 def test_heads_that_do_not_divide_are_refused_with_what_works():
     layouts = {x.name: x for x in plan(model_card("smollm2"), devices=4, memory="8GiB").layouts}
-    assert layouts["tensor 4"].problem == "cannot cut 9 heads (3 KV) 4 ways; tensor 1, 3 work"
+    assert layouts["tensor 4"].problem == "cannot cut 3 KV heads 4 ways; tensor 3 is the most"
     assert layouts["pipeline 4"].fits
     three = {x.name: x for x in plan(model_card("smollm2"), devices=3, memory="8GiB").layouts}
     assert three["tensor 3"].fits
@@ -73,3 +74,45 @@ def test_amounts_that_mean_nothing(text):
 def test_numbers_that_make_no_sense(arguments):
     with pytest.raises(InputError):
         plan(model_card("opt-125m"), **arguments)
+
+
+def test_predictions_of_the_challenge_server():
+    """LLaMA-30B over HellaSwag on four V100s, checked against its arithmetic by hand."""
+    card = model_card("llama-30b")
+    made = plan(card, devices=4, device="v100", workload="hellaswag", mfu=0.9)
+    assert made.memory == 32 * 2**30
+    assert not {x.name: x for x in made.layouts}["data 4"].fits  # 65 GB
+    assert made.best.predicted.seconds < 372
+    assert "70% of 125 TFLOP/s" in made.assumptions  # whatever was measured
+    job = workload("hellaswag")
+    ideal = 2 * job.nodes * card.linear_parameters / (4 * 125e12 * 0.7)
+    assert ideal < made.best.predicted.seconds < 1.15 * ideal
+    assert all(0.6 < x.predicted.mfu <= 0.7 for x in made.layouts if x.fits)
+    packed = plan(card, devices=4, device="v100", workload="hellaswag", bits=4)
+    assert packed.best.name == "data 4"  # four replicas beat every cut
+    assert packed.best.predicted.bytes_moved == 0
+    seconds = [x.predicted.seconds for x in packed.layouts if x.fits]
+    assert seconds == sorted(seconds)
+    assert "assumed" in str(packed) and "bubble" in packed.table()
+
+
+def test_decoding_is_predicted_from_the_bytes_it_reads():
+    card = model_card("llama-30b")
+    on, step = device("a100"), workload("decode", batch=1, context=0)
+    whole = predict(card, (1, 1, 1), on, step, mfu=0.5)
+    assert whole.seconds == pytest.approx(card.weight_bytes(16) / (2039e9 * 0.5))
+    assert predict(card, (1, 1, 1), on, step, bits=4, mfu=0.5).seconds < 0.3 * whole.seconds
+    assert predict(card, (1, 4, 1), on, step, mfu=0.5).seconds < 0.4 * whole.seconds
+    assert predict(card, (1, 1, 4), on, step, mfu=0.5).seconds > whole.seconds  # stages work one after another
+
+
+def test_every_device_has_a_source_and_wrong_ones_are_named():
+    assert all(device(name).source for name in DEVICES)
+    with pytest.raises(InputError, match="unknown device 'k80'"):
+        plan(model_card("opt-125m"), device="k80")
+    with pytest.raises(InputError, match="a workload needs a device"):
+        plan(model_card("opt-125m"), workload="hellaswag")
+    with pytest.raises(InputError, match="unknown workload"):
+        plan(model_card("opt-125m"), device="v100", workload="mmlu")
+    with pytest.raises(InputError, match="MFU 2"):
+        plan(model_card("opt-125m"), device="v100", workload="decode", mfu=2)

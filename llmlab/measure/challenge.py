@@ -11,16 +11,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import psutil
+import torch
 
 from llmlab.data import Question
 from llmlab.errors import InputError
 from llmlab.loading import load
 from llmlab.measure.ablation import scoring_flops
 from llmlab.model import LM
+from llmlab.quantization.stream import stream
 from llmlab.scoring import shared
 from llmlab.scoring.encode import Sequence, encode
 from llmlab.scoring.score import ScoreResult, score
 from llmlab.scoring.trie import question_tries
+from llmlab.sharded import ranks
+from llmlab.sharding.plan import plan
 from llmlab.stats import Metric
 
 FULL_SET = 10_042  # questions of HellaSwag's validation set
@@ -105,6 +110,7 @@ def challenge(
     device: str | None = None,
     layers: int | None = None,
     seed: int = 0,
+    devices: int = 1,
 ) -> tuple[LM, Submission]:
     """Load a model and score the set.
 
@@ -114,6 +120,7 @@ def challenge(
         limit: synthetic questions.
         dtype, device, layers: as in `load`.
         seed: of random weights and synthetic tokens.
+        devices: score over so many ranks, in the layout with the least communication that fits them.
 
     Raises:
         InputError: real weights without questions, or what `load` and `score` refuse.
@@ -121,10 +128,19 @@ def challenge(
     random_weights = model.startswith("random:")
     if not random_weights and not questions:
         raise InputError(f"there are no questions for {model}: give a data set, or random:SHAPE for speed alone.")
+    if devices > 1 and random_weights:
+        raise InputError("random weights run on one device: give a real model for --devices.")
     begin = time.perf_counter()
+    result = None
+    if devices > 1:
+        assert questions is not None
+        lm, result, loaded = _over_ranks(model, questions, devices, dtype, device)
+        end = time.perf_counter()
+        inference, full, tokens = result.seconds_inference, result.tokens_full, result.tokens
+        sequences = encode(lm, questions)
+        return lm, _submission(lm, sequences, result, (full, tokens), (loaded - begin, inference, end - begin), False)
     lm = load(model, dtype=dtype, device=device, layers=layers, seed=seed)
     loaded = time.perf_counter()
-    result = None
     if random_weights:
         sequences = synthetic_sequences(limit, lm.card.vocab_size, seed=seed)
         start = time.perf_counter()
@@ -137,24 +153,51 @@ def challenge(
         end = time.perf_counter()
         inference, full, tokens = result.seconds_inference, result.tokens_full, result.tokens
         sequences = encode(lm, questions)
+    seconds = (loaded - begin, inference, end - begin)
+    return lm, _submission(lm, sequences, result, (full, tokens), seconds, random_weights)
+
+
+def _over_ranks(
+    model: str, questions: list[Question], devices: int, dtype: str | None, device: str | None
+) -> tuple[LM, ScoreResult, float]:
+    """Everything but the layers of the model, the scores, and when the shards were loaded."""
+    lm, _ = stream(model, dtype=dtype or ("bf16" if torch.cuda.is_available() and device != "cpu" else "fp32"))
+    with ranks(devices, device=device) as group:
+        on_gpu = group.group.device == "cuda"
+        memory = torch.cuda.mem_get_info()[1] if on_gpu else psutil.virtual_memory().total // devices
+        # On CPU the card counts 4 bytes a weight as two of 16 bits: half the memory stands for it.
+        chosen = plan(lm.card, devices=devices, memory=memory // (2 if lm.dtype == "fp32" else 1)).best
+        group.score(model, questions[:1], plan=chosen, dtype=lm.dtype)  # loads the shards
+        loaded = time.perf_counter()
+        return lm, group.score(model, questions, plan=chosen, dtype=lm.dtype), loaded
+
+
+def _submission(
+    lm: LM,
+    sequences: list[Sequence],
+    result: ScoreResult | None,
+    counted: tuple[int, int],
+    seconds: tuple[float, float, float],
+    synthetic: bool,
+) -> Submission:
     tries = question_tries(sequences)
     asked = sum(trie.asked for trie in tries)
     accuracy = (
         {"acc": result.acc, "acc_norm": result.acc_norm, "acc_norm_token": result.acc_norm_token} if result else {}
     )
-    return lm, Submission(
-        model=model,
+    return Submission(
+        model=lm.name,
         layers=lm.card.layers,
         n=len(tries),
         accuracy=accuracy,
-        tokens_full=full,
-        tokens=tokens,
+        tokens_full=counted[0],
+        tokens=counted[1],
         flops=scoring_flops(lm, tries, asked),
-        seconds_load=loaded - begin,
-        seconds_inference=inference,
-        seconds_total=end - begin,
-        synthetic=random_weights,
-        result=replace(result, seconds_total=end - begin) if result else None,
+        seconds_load=seconds[0],
+        seconds_inference=seconds[1],
+        seconds_total=seconds[2],
+        synthetic=synthetic,
+        result=replace(result, seconds_total=seconds[2]) if result else None,
     )
 
 

@@ -32,6 +32,7 @@ from llmlab.quantization.grid import Quantized, Scheme, rtn
 from llmlab.quantization.linear import QuantLinear, prepare, quant_config, replace_linears
 
 METHODS = ("gptq", "rtn")
+Solve = Callable[[torch.Tensor, Factor, Scheme], Quantized]
 ROWS, CONTEXT = 64, 512  # calibration rows and their tokens
 
 
@@ -93,6 +94,7 @@ def quantize(
     keep: Path | None = None,
     report: Report | None = None,
     reduce: Callable[[torch.Tensor], None] | None = None,
+    solve: Solve = gptq,
 ) -> LM:
     """A copy of the model whose decoder layers' Linears hold packed weights.
 
@@ -111,7 +113,8 @@ def quantize(
         read_layer: gives decoder layer i with its weights; by default a copy of the model's own.
         keep: folder in which finished layers are kept: a killed job that is started again goes on behind them.
         report: is filled in.
-        reduce: called with each sum over calibration tokens, in place: the seam for ranks that share the rows.
+        reduce: called with each sum over calibration tokens, in place: for ranks that share the rows.
+        solve: in the place of `gptq`: for ranks that share the solving.
 
     Raises:
         InputError: settings that make no sense, or do not fit a layer; before anything is computed.
@@ -129,7 +132,7 @@ def quantize(
     walk = None
     if calibration is not None:
         report.tokens = calibration.numel()
-        walk = _Walk(lm, calibration, scheme, report, reduce)
+        walk = _Walk(lm, calibration, scheme, report, reduce, solve)
     finished = _Finished(keep, _identity(lm, scheme, method, calibration)) if keep else None
     done = torch.nn.ModuleList()
     with torch.no_grad(), progress(len(layers), f"{method} {scheme.bits} bits", "layer") as bar:
@@ -176,8 +179,9 @@ class _Walk:
         scheme: Scheme,
         report: Report,
         reduce: Callable[[torch.Tensor], None] | None,
+        solve: Solve,
     ) -> None:
-        self.scheme, self.report, self.reduce = scheme, report, reduce
+        self.scheme, self.report, self.reduce, self.gptq = scheme, report, reduce, solve
         self.hidden, self.kwargs = _first_inputs(lm, rows)
         if len(rows.flatten()) < lm.card.intermediate_size:
             warnings.warn(
@@ -206,7 +210,7 @@ class _Walk:
                     if shared[0] is not args[0]:
                         shared[:] = args[0], self._factor(args[0])
                     factor: Factor = shared[1]
-                    quantized = gptq(linear.weight, factor, self.scheme)
+                    quantized = self.gptq(linear.weight, factor, self.scheme)
                 except NumericalError as error:
                     raise NumericalError(f"{layer_name}.{name}: {error}") from None
                 packed[name] = QuantLinear.pack(quantized, self.scheme, linear.bias)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmlab.card import card_from_config
 from llmlab.errors import InputError
-from llmlab.gguf import converted
 from llmlab.model import DTYPES, LM, decoder_layers
 from llmlab.sources import Source, fingerprint, read_config, resolve
+from llmlab.weights import local_folder, tensor_places
 
 ReadLayer = Callable[[int], torch.nn.Module]
 
@@ -43,7 +41,8 @@ def stream(name: str, *, dtype: str = "fp32", device: torch.device | None = None
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
     path, layers = decoder_layers(model)
-    places = _places(folder, model)
+    expected = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    places = tensor_places(folder, expected, model.base_model_prefix)
 
     def read(tensor_name: str) -> torch.nn.Parameter:
         if tensor_name not in places:
@@ -72,28 +71,3 @@ def stream(name: str, *, dtype: str = "fp32", device: torch.device | None = None
             module.register_buffer(buffer_name, buffer.to(device), persistent=False)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return LM(model, tokenizer, card_from_config(config, name, dtype), name, revision), read_layer
-
-
-def local_folder(source: Source) -> Path:
-    """The folder of a source's files on this machine; downloads a Hub model, converts a GGUF file."""
-    if source.kind == "gguf":
-        source = converted(source)
-    if source.kind == "hub":
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
-        return Path(snapshot_download(source.location, allow_patterns=patterns, local_files_only=source.offline))
-    return Path(source.location)
-
-
-def _places(folder: Path, model: torch.nn.Module) -> dict[str, tuple[Path, str]]:
-    """Where each of the model's tensors is: its file and its name there (some files leave the "model." out)."""
-    expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    places = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for stored in opened.keys():  # noqa: SIM118  # no mapping
-                for name in (stored, f"{model.base_model_prefix}.{stored}"):
-                    if name in expected:
-                        places[name] = (file, stored)
-    if not places:
-        raise InputError(f"{folder} holds no safetensors weights, and llmlab unpickles nothing.")
-    return places

@@ -167,6 +167,28 @@ def score(lm: LM, questions: list[Question], *, method: str = "shared", batch_si
             _, padding = reference.log_probs(lm, sequences, batch_size=batch_size, on_batch=show)
             cost = (sum(len(s.ids) for s in sequences), -(-len(sequences) // batch_size), padding)
         end_inference = time.perf_counter()
+    seconds = (end_inference - begin_inference, time.perf_counter() - begin)
+    return summarize(questions, sequences, table, method, cost, seconds)
+
+
+def summarize(
+    questions: list[Question],
+    sequences: list[Sequence],
+    table: list[list[float]],
+    method: str,
+    cost: tuple[int, int, float],
+    seconds: tuple[float, float],
+) -> ScoreResult:
+    """Log-probabilities to predictions.
+
+    Args:
+        questions: what was asked.
+        sequences: as they were encoded.
+        table: log-probability of each ending of each question.
+        method: the path that computed them.
+        cost: tokens that went through the model, passes, share of padding.
+        seconds: of the inference, of everything.
+    """
     characters = [[len(e) for e in q.endings] for q in questions]
     tokens: list[list[int]] = [[0] * len(q.endings) for q in questions]
     for sequence in sequences:
@@ -184,8 +206,8 @@ def score(lm: LM, questions: list[Question], *, method: str = "shared", batch_si
         tokens_full=sum(len(s.ids) for s in sequences),
         passes=cost[1],
         padding=cost[2],
-        seconds_inference=end_inference - begin_inference,
-        seconds_total=time.perf_counter() - begin,
+        seconds_inference=seconds[0],
+        seconds_total=seconds[1],
     )
 
 

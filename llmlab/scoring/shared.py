@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -98,12 +99,40 @@ def log_probs(
     return Scores(totals, greedy, Work(nodes, asked, passes))
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What one pass asks the model.
+
+    Attributes:
+        model: keyword arguments of the model's forward pass.
+        scored: (node, token, sequence) triples.
+        where: [triples], which row of the logits belongs to each.
+        targets: [triples], the tokens.
+    """
+
+    model: dict[str, Any]
+    scored: list[tuple[int, int, int]]
+    where: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def nodes(self) -> int:
+        """Tokens that go through the model."""
+        return int(self.model["input_ids"].shape[1])
+
+
 @torch.inference_mode()
 def forward(lm: LM, tries: list[Trie], *, head_everywhere: bool = False) -> Forward:
     """One forward pass over tries in a row, within `tries_attend`.
 
     `head_everywhere` lets the output head work at every node, as a plain forward pass does: for the ablation.
     """
+    asked = inputs(lm, tries, head_everywhere=head_everywhere)
+    return read(asked, lm.model(**asked.model).logits[0])
+
+
+def inputs(lm: LM, tries: list[Trie], *, head_everywhere: bool = False) -> Inputs:
+    """The tensors of one pass, on the model's device."""
     scored: list[tuple[int, int, int]] = []
     start = 0
     for trie in tries:
@@ -114,20 +143,25 @@ def forward(lm: LM, tries: list[Trie], *, head_everywhere: bool = False) -> Forw
     nodes, where = torch.unique(asking, return_inverse=True)  # [asked], [triples]
     if head_everywhere:
         nodes, where = torch.arange(start), asking
+    model = {
+        "input_ids": torch.tensor([[i for t in tries for i in t.ids]], device=device),  # [1, nodes]
+        "position_ids": torch.tensor([[d for t in tries for d in t.depths]], device=device),
+        "trie_masks": [ancestor_mask(trie, lm.model.dtype, device) for trie in tries],
+        "use_cache": False,
+        "logits_to_keep": nodes.to(device),  # the output head works only where a token is asked for
+    }
     targets = torch.tensor([token for _, token, _ in scored], device=device)
-    logits = lm.model(
-        input_ids=torch.tensor([[i for t in tries for i in t.ids]], device=device),  # [1, nodes]
-        position_ids=torch.tensor([[d for t in tries for d in t.depths]], device=device),
-        trie_masks=[ancestor_mask(trie, lm.model.dtype, device) for trie in tries],
-        use_cache=False,
-        logits_to_keep=nodes.to(device),  # the output head works only where a token is asked for
-    ).logits[0]  # [asked, vocabulary]
+    return Inputs(model, scored, where.to(device), targets)
+
+
+def read(asked: Inputs, logits: torch.Tensor) -> Forward:
+    """Log-probabilities out of a pass's logits [asked, vocabulary]."""
     values, greedy = [], []
     # Soft-max in fp32 over a few rows at a time. As log_softmax, not logsumexp: torch's CPU kernels differ by 1e-5 nats
     # a token, and the reference path and lm-evaluation-harness use this one.
-    for rows, tokens in zip(torch.split(where.to(device), 64), torch.split(targets, 64), strict=True):
+    for rows, tokens in zip(torch.split(asked.where, 64), torch.split(asked.targets, 64), strict=True):
         predictions = logits[rows].float().log_softmax(dim=-1)  # [64, vocabulary]
         value = predictions.gather(-1, tokens[:, None]).squeeze(-1)
         values.append(value)
         greedy.append(value == predictions.amax(dim=-1))
-    return Forward(scored, torch.cat(values).tolist(), torch.cat(greedy).tolist(), len(nodes))
+    return Forward(asked.scored, torch.cat(values).tolist(), torch.cat(greedy).tolist(), len(logits))

@@ -19,10 +19,11 @@ from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from llmlab.errors import InputError, RankError
 from llmlab.progress import progress
@@ -63,7 +64,7 @@ class Ranks:
         self._said: list[deque[str]] = []
         try:
             # The store listens here, so that no port has to be guessed; the ranks come as its clients.
-            self._store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+            self._store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         except (RuntimeError, dist.DistNetworkError) as error:
             raise InputError(
                 f"port {port} cannot be used ({str(error).splitlines()[0][:120]}): choose another."
@@ -132,12 +133,13 @@ class Ranks:
         waiting = dict(zip(self._connections, range(self.size), strict=True))
         bar = None
         while waiting and (deadline is None or time.monotonic() < deadline):
-            for ready in wait(list(waiting), timeout=0.2):
-                connection, index = ready, waiting[ready]  # type: ignore[index]
+            for connection in cast(list[Connection], wait(list(waiting), timeout=0.2)):
+                index = waiting[connection]
+                content: list[Any]
                 try:
-                    kind, *content = connection.recv()  # type: ignore[union-attr]
+                    kind, *content = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    del waiting[connection]  # type: ignore[arg-type]
+                    del waiting[connection]
                     code = self._processes[index].wait()
                     failures.append((time.monotonic(), index, "death", self._obituary(index, code)))
                 else:
@@ -146,7 +148,7 @@ class Ranks:
                             bar = progress(content[1], content[2], content[3])
                         bar.update(content[0] - bar.n)
                         continue
-                    del waiting[connection]  # type: ignore[arg-type]
+                    del waiting[connection]
                     if kind == "result":
                         results[index] = content[0]
                     else:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from llmlab.card import ModelCard
 from llmlab.errors import InputError
+from llmlab.sharding.predict import FULL_SET, MOST_MFU, Prediction, predict
+from llmlab.sharding.predict import device as find_device
+from llmlab.sharding.predict import workload as find_workload
 
 UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 RESERVE = 2**30  # CUDA context, library workspaces and what the allocator cannot use
@@ -32,6 +35,7 @@ class Layout:
     activations: int
     reserve: int
     problem: str | None
+    predicted: Prediction | None = None
 
     @property
     def name(self) -> str:
@@ -52,7 +56,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """All layouts of a model over `devices` devices of `memory` bytes; usable ones first, least communication first."""
+    """All layouts of a model over `devices` devices of `memory` bytes.
+
+    Usable ones first: the fastest where a device and a workload are given, else the one with the least communication.
+    """
 
     card: ModelCard
     devices: int
@@ -61,10 +68,11 @@ class Plan:
     batch: int
     context: int
     layouts: list[Layout]
+    assumptions: str = ""
 
     @property
     def best(self) -> Layout:
-        """The usable layout with the least communication.
+        """The first usable layout.
 
         Raises InputError if nothing fits; says what the smallest one lacks.
         """
@@ -92,11 +100,19 @@ class Plan:
                 part: getattr(layout, part) / 2**30
                 for part in ("weights", "kv_cache", "activations", "reserve", "bytes")
             }
-            rows.append({"layout": layout.name, **parts, "verdict": layout.problem or "fits"})
+            costs: dict[str, float | str] = {}
+            if self.assumptions:
+                found = layout.predicted
+                costs["seconds"] = found.seconds if found else ""
+                costs["MFU"] = f"{found.mfu:.0%}" if found else ""
+                costs["bubble"] = f"{found.bubble:.1%}" if found else ""
+                costs["GB moved"] = found.bytes_moved / 1e9 if found else ""
+            rows.append({"layout": layout.name, **parts, **costs, "verdict": layout.problem or "fits"})
         return pd.DataFrame(rows).rename(columns={"bytes": "needed", "kv_cache": "KV cache"})
 
     def __str__(self) -> str:
-        return f"{self.title}\nGiB on the fullest device\n" + self.table().round(2).to_string(index=False)
+        notes = f"\n{self.assumptions}" if self.assumptions else ""
+        return f"{self.title}\nGiB on the fullest device{notes}\n" + self.table().round(2).to_string(index=False)
 
     def _repr_html_(self) -> str:
         """The table, for notebooks; its caption says what was planned."""
@@ -110,17 +126,21 @@ class Plan:
         ]
         best = self.layouts[0].name if self.layouts[0].fits else None
         settings = {name: getattr(self, name) for name in ("devices", "memory", "bits", "batch", "context")}
-        return {"model": self.card.as_dict(), **settings, "best": best, "layouts": layouts}
+        about = {"best": best, "assumptions": self.assumptions}
+        return {"model": self.card.as_dict(), **settings, **about, "layouts": layouts}
 
 
 def plan(
     card: ModelCard,
     *,
     devices: int = 4,
-    memory: str | int = "32GiB",
+    memory: str | int | None = None,
     bits: int = 16,
     batch: int = 1,
     context: int | None = None,
+    device: str | None = None,
+    workload: str | None = None,
+    mfu: float = MOST_MFU,
 ) -> Plan:
     """Enumerate every layout and what its fullest device must hold.
 
@@ -129,21 +149,30 @@ def plan(
     the last; the KV cache is cut the same way; activations count the residual stream, queries, keys, values and the
     MLP's two widest tensors of `batch` x `context` tokens in 2 bytes each.
 
-    Usable layouts come first, ordered by communication: replicas need none, a pipeline sends hidden states between
-    stages, tensor parallelism reduces them twice in every layer.
+    Usable layouts come first. With a device and a workload they are ordered by predicted seconds (see `predict`); else
+    by communication: replicas need none, a pipeline sends hidden states between stages, tensor parallelism reduces them
+    twice in every layer.
 
     Args:
         card: the model.
         devices: how many equal devices, all of them used.
-        memory: of each device: "32GiB", "24GB" or bytes.
+        memory: of each device: "32GiB", "24GB" or bytes; by default the device's, or 32 GiB.
         bits: of the decoder layers' matrices; below 16 in groups of 64 with a scale and a zero point.
         batch: sequences that a replica holds at once.
         context: tokens of each; by default the model's context length, at most 2,048.
+        device: "v100", "a100", "h100", "h200", "rtx4090" or "cpu": figures with their source in devices.json.
+        workload: "hellaswag" (the full set, shared prefixes) or "decode" (one step of `batch` sequences).
+        mfu: share of its peak that a busy device reaches, as measured; more than 0.7 is not assumed.
 
     Raises:
         InputError: a number that makes no sense.
     """
-    bytes_each = parse_bytes(memory)
+    on = find_device(device) if device else None
+    if workload and not on:
+        raise InputError("a workload needs a device: give device='v100' or another one of devices.json.")
+    if not 0 < mfu <= 1:
+        raise InputError(f"MFU {mfu}: give a share above 0 and at most 1.")
+    bytes_each = parse_bytes(memory or (on.memory if on else "32GiB"))
     context = min(2048, card.context_length) if context is None else context
     if not 1 <= devices <= 4096:
         raise InputError(f"{devices} devices: give a number from 1 to 4096.")
@@ -159,7 +188,26 @@ def plan(
             pipeline = devices // data // tensor
             layouts.append(_layout(card, (data, tensor, pipeline), bytes_each, bits, batch * context))
     layouts.sort(key=lambda x: (not x.fits, -x.data, -x.pipeline) if x.fits else (True, x.bytes, 0))
-    return Plan(card, devices, bytes_each, bits, batch, context, layouts)
+    if on is None or workload is None:
+        return Plan(card, devices, bytes_each, bits, batch, context, layouts)
+    job = find_workload(workload, batch, context)
+    layouts = [
+        replace(x, predicted=predict(card, (x.data, x.tensor, x.pipeline), on, job, bits=bits, mfu=mfu))
+        if x.fits
+        else x
+        for x in layouts
+    ]
+    layouts.sort(key=lambda x: (not x.fits, x.predicted.seconds if x.predicted else 0.0))
+    assumed = min(mfu, MOST_MFU)
+    if workload == "decode":
+        what = f"one step of {batch} sequences a replica; {assumed:.0%} of {on.bandwidth / 1e9:,.0f} GB/s"
+    else:
+        what = f"{job.nodes:,} tokens ({FULL_SET:,} questions, shared prefixes)"
+        what += f"; {assumed:.0%} of {on.flops / 1e12:g} TFLOP/s"
+    notes = (
+        f"assumed: {what} on a busy {on.name}; links {on.link / 1e9:g} GB/s one way, {on.latency * 1e6:g} µs a message"
+    )
+    return Plan(card, devices, bytes_each, bits, batch, context, layouts, f"{notes} ({on.source})")
 
 
 def parse_bytes(text: str | int) -> int:
@@ -174,13 +222,15 @@ def parse_bytes(text: str | int) -> int:
 def _layout(card: ModelCard, cuts: tuple[int, int, int], memory: int, bits: int, tokens: int) -> Layout:
     data, tensor, pipeline = cuts
     stage_layers = -(-card.layers // pipeline)
-    share = stage_layers / card.layers / tensor
+    # Heads are cut in whole KV groups, so the fullest rank may hold more than its share: an upper bound, as the MLP is
+    # cut evenly.
+    share = stage_layers / card.layers * -(-card.kv_heads // tensor) / card.kv_heads
     # Embedding and head (one matrix when tied) sit on the first and the last stage, cut over the tensor ranks.
     head = 2 * card.head_parameters / tensor
     embedding = 2 * (card.parameters - card.linear_parameters - (0 if card.tied else card.head_parameters)) / tensor
     ends = max(embedding, head) if pipeline > 1 else embedding + (0 if card.tied else head)
     matrices = card.weight_bytes(bits) - 2 * (card.parameters - card.linear_parameters)
-    kv_cut = stage_layers / card.layers / min(tensor, card.kv_heads)
+    kv_cut = share
     kv_bytes_per_token = 2 * card.layers * card.kv_heads * card.head_dim * 2
     width = 3 * card.hidden_size + (2 * card.intermediate_size + 3 * card.heads * card.head_dim) / tensor
     layout = Layout(
@@ -200,19 +250,11 @@ def _layout(card: ModelCard, cuts: tuple[int, int, int], memory: int, bits: int,
 
 
 def _problem(card: ModelCard, tensor: int, pipeline: int) -> str | None:
-    if card.heads % tensor or (card.kv_heads % tensor and tensor % card.kv_heads):
-        works = [t for t in _divisors(card.heads) if card.kv_heads % t == 0]
-        return (
-            f"cannot cut {card.heads} heads ({card.kv_heads} KV) {tensor} ways; tensor {_words(works)} "
-            f"work{'s' if len(works) == 1 else ''}"
-        )
+    if tensor > card.kv_heads:  # whole groups of query heads and their KV head stay on one rank
+        return f"cannot cut {card.kv_heads} KV heads {tensor} ways; tensor {card.kv_heads} is the most"
     if pipeline > card.layers:
         return f"has {pipeline} stages for {card.layers} layers"
     return None
-
-
-def _words(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def _divisors(n: int) -> list[int]:

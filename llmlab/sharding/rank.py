@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from llmlab.errors import InputError
 
@@ -37,8 +38,8 @@ class Rank:
     connection: Connection | None = None
 
     def progress(self, done: int, total: int, what: str, unit: str) -> None:
-        """Move the caller's progress bar; from rank 0 alone."""
-        if self.index == 0 and self.connection is not None:
+        """Move the caller's progress bar; one rank of all should do it."""
+        if self.connection is not None:
             self.connection.send(("progress", done, total, what, unit))
 
 
@@ -52,7 +53,7 @@ def join(settings: dict[str, Any], connection: Connection | None = None) -> Rank
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // size))
     timeout = timedelta(seconds=settings["timeout"])
-    store = dist.TCPStore("127.0.0.1", settings["port"], is_master=False, timeout=timeout)
+    store = TCPStore("127.0.0.1", settings["port"], is_master=False, timeout=timeout)
     backend = "nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=index, world_size=size, timeout=timeout)
     return Rank(index, size, device, connection=connection)

@@ -1,0 +1,68 @@
+"""What the tests let ranks do: ranks import functions by module and name."""
+
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+from llmlab import InputError
+
+
+def where(rank):
+    total = torch.tensor([float(rank.index)])
+    dist.all_reduce(total)
+    return rank.index, rank.size, os.getpid(), total.item()
+
+
+def count(rank):
+    rank.held["calls"] = rank.held.get("calls", 0) + 1
+    return rank.held["calls"]
+
+
+def fail(rank, index, how):
+    """Rank `index` fails while the others wait for it in a collective."""
+    if rank.index == index:
+        if how == "raise":
+            raise ValueError(f"no luck on {index}")
+        if how == "input":
+            raise InputError("seven is no size.")
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(3)
+    dist.barrier()
+
+
+def pids(rank):
+    return os.getpid()
+
+
+def sleep(rank, seconds):
+    print(f"rank {rank.index} sleeps")
+    time.sleep(seconds)
+
+
+def load_then_die(rank, name, index, cuts):
+    from llmlab.shard import load_shard
+
+    if rank.index == index:
+        os.kill(os.getpid(), signal.SIGKILL)
+    load_shard(rank, name, cuts, "fp32")
+
+
+def die_in_gather(rank, index):
+    if rank.index == index:
+        os.kill(os.getpid(), signal.SIGKILL)
+    found = [None] * rank.size
+    dist.all_gather_object(found, rank.index)
+
+
+def shard_sizes(rank, name, cuts):
+    """(bytes of this part, largest piece read, peak of resident memory above what was there before)"""
+    from llmlab.measure.memory import peak_bytes
+    from llmlab.shard import load_shard
+
+    made = []
+    peak = peak_bytes(lambda: made.append(load_shard(rank, name, cuts, "fp32")), rank.device)
+    return made[0].weight_bytes, made[0].largest_tensor, peak
