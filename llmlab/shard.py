@@ -156,6 +156,8 @@ def _build(
         file, stored = places[name]
         with safe_open(file, framework="pt") as opened:
             found: torch.Tensor = opened.get_slice(stored)[where]
+        if not found.is_contiguous():  # a view would keep the whole tensor in memory, and slow kernels down
+            found = found.contiguous()
         largest = max(largest, found.nbytes)
         return found
 
@@ -209,6 +211,8 @@ def _fill(
         path = f"{name}.{child}"
         if settings and type(linear) is torch.nn.Linear and f"{path}.qweight" in places:
             setattr(owner, child, _packed(linear, path, read, config, cut, settings, dtype))
+    if settings and f"{name}.qweight" in places:
+        return  # replaced above, with its parent
     if type(owner) is torch.nn.Linear:
         dimension, (first, end) = (0, (0, owner.out_features)) if cut.size == 1 else part_of(name, config, cut)
         where = (slice(first, end), everything) if dimension == 0 else (everything, slice(first, end))
@@ -218,8 +222,6 @@ def _fill(
         if owner.bias is not None:
             whole = slice(first, end) if dimension == 0 else everything
             owner.bias = _parameter(read(f"{name}.bias", (whole,), owner.bias.shape), dtype)
-        return
-    if isinstance(owner, QuantLinear):
         return
     for part, parameter in list(owner.named_parameters(recurse=False)):
         full = tuple(everything for _ in parameter.shape)

@@ -156,7 +156,9 @@ def _gptqmodel(
                 here = dequantized(model).model(input_ids=ids).logits.float().cpu()
             for loader in ("gptqmodel", "transformers"):
                 there = peer_logits("gptqmodel", folder, ids, loader=loader)
-                found[f"max_abs_delta_logit_{name}_{loader}"] = float((here - there).abs().max())
+                difference = float((here - there).abs().max())
+                found[f"max_abs_delta_logit_{name}_{loader}"] = difference
+                found[f"relative_delta_logit_{name}_{loader}"] = difference / float(here.abs().max())
     return found | {"gptqmodel": answer["versions"]}
 
 

@@ -69,9 +69,9 @@ def stage_layers(layers: int, stages: int, head: float = 0.0) -> list[tuple[int,
 class NoPositions(torch.nn.Module):
     """In the place of OPT's learned positions on every stage but the first."""
 
-    def forward(self, *_: Any, **__: Any) -> float:
+    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
         """Nothing to add."""
-        return 0.0
+        return torch.zeros(1, dtype=torch.uint8)  # moves to any device, adds to any dtype
 
 
 def attach(model: Any, stage: Stage) -> None:
