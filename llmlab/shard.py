@@ -92,12 +92,8 @@ def load_shard(rank: Rank, name: str, cuts: Cuts, dtype: str, seed: int = 0) -> 
         return held
     rank.held.clear()  # one model at a time
     begin = time.perf_counter()
-    source = resolve(name)
-    revision = fingerprint(source)
-    folder = None if source.kind == "random" else local_folder(source)
-    config = read_config(source if folder is None else Source(name, "folder", str(folder)))
-    heads = config.num_attention_heads
-    cuts.check(rank.size, config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads)
+    revision = fingerprint(resolve(name))
+    folder, config = _folder_and_config(name)
     card = card_from_config(config, name, dtype)
     mesh = init_device_mesh(
         rank.device.type, (cuts.data, cuts.pipeline, cuts.tensor), mesh_dim_names=("data", "pipeline", "tensor")
@@ -127,6 +123,19 @@ def load_shard(rank: Rank, name: str, cuts: Cuts, dtype: str, seed: int = 0) -> 
     shard = Shard(lm, place["data"], answers, time.perf_counter() - begin, lm.weight_bytes, largest)
     rank.held[key] = shard
     return shard
+
+
+def check_layout(name: str, cuts: Cuts, size: int) -> None:
+    """Raise InputError, before any rank works on it, for a layout that fits neither `size` ranks nor the model."""
+    config = _folder_and_config(name)[1]
+    heads = config.num_attention_heads
+    cuts.check(size, config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads)
+
+
+def _folder_and_config(name: str) -> tuple[Path | None, Any]:
+    source = resolve(name)
+    folder = None if source.kind == "random" else local_folder(source)
+    return folder, read_config(source if folder is None else Source(name, "folder", str(folder)))
 
 
 def _build(

@@ -32,7 +32,7 @@ from llmlab.scoring.encode import Sequence, encode
 from llmlab.scoring.pack import Passes
 from llmlab.scoring.score import ScoreResult, summarize
 from llmlab.scoring.trie import Trie, question_tries
-from llmlab.shard import Cuts, load_shard
+from llmlab.shard import Cuts, check_layout, load_shard
 from llmlab.sharding import pipeline
 from llmlab.sharding.launch import Group, Joined, Ranks
 from llmlab.sharding.rank import Rank
@@ -240,6 +240,7 @@ class RankGroup:
             raise InputError("there are no questions to score: give at least one.")
         if schedule not in SCHEDULES:
             raise InputError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}.")
+        check_layout(model, cuts, self.size)
         return self.run(score_part, model, questions, cuts, dtype or self._dtype(), schedule, nodes)
 
     def generate(
@@ -263,6 +264,7 @@ class RankGroup:
         self, model: str, prompts: list[str], cuts: Cuts, dtype: str | None, options: dict[str, Any]
     ) -> list[Any]:
         """The completions with their ids, in the order of the prompts."""
+        check_layout(model, cuts, self.size)
         parts = self.run(generate_part, model, prompts, cuts, dtype or self._dtype(), options)
         by_replica = dict(part for part in parts if part is not None)
         return [by_replica[k % cuts.data].completions[k // cuts.data] for k in range(len(prompts))]

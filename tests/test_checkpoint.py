@@ -142,7 +142,7 @@ def test_settings_that_cannot_be_run_are_refused(saved, tmp_path):
 
 
 def test_a_failed_save_leaves_nothing(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmlab.quantization.checkpoint.save_torch_state_dict", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("llmlab.model.save_torch_state_dict", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         saved[1].save(tmp_path / "q")
     assert list(tmp_path.iterdir()) == []

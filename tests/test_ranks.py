@@ -265,6 +265,7 @@ def test_what_does_not_fit_is_said_at_once(four, tiny_folders, questions, monkey
     ],
     ids=str,
 )
-def test_layouts_that_do_not_fit(tiny_folders, questions, sizes, complaint):
-    with llmlab.ranks(4, device="cpu") as group, pytest.raises(InputError, match=complaint):
-        group.score(str(tiny_folders["llama"]), questions, **sizes)
+def test_layouts_that_do_not_fit(four, tiny_folders, questions, sizes, complaint):
+    with pytest.raises(InputError, match=complaint):
+        four.score(str(tiny_folders["llama"]), questions, **sizes)
+    assert [found[0] for found in four.run(rank_jobs.where)] == [0, 1, 2, 3]  # said before any rank worked on it
