@@ -120,6 +120,11 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from the nucleus of this mass.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
+    draft: Annotated[
+        str | None, typer.Option(help="Speculate: lookup, self-4bit, exit-N or a model; several with commas.")
+    ] = None,
+    k: Annotated[int | None, typer.Option(help="Tokens drafted a pass; by default as many as pay.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End a completion at this text; several times.")] = None,
     batch_size: BatchSize = 1,
     dtype: Dtype = None,
     device: Device = None,
@@ -139,12 +144,21 @@ def generate(
     texts = prompt or [
         p.text for p in (sources.read_prompts(prompts, limit=limit) if prompts else sources.prompts(limit=limit))
     ]
-    check_settings(texts, max_new_tokens, temperature, top_p, batch_size)
+    check_settings(texts, max_new_tokens, temperature, top_p, batch_size, stop, k)
 
     def fits(lm: LM) -> None:
         encode_prompts(lm, texts, max_new_tokens=max_new_tokens, chat=chat)
 
     lm, seconds_load = load_model(model, dtype, device, bitsandbytes, revision, trust_remote_code, fits)
+    drafts, engine = [], None
+    if draft is not None:
+        from llmlab.decoding.engine import Engine
+        from llmlab.drafting import forecast, named_drafts
+
+        with console.status(f"preparing the draft {draft}"):
+            drafts, engine = named_drafts(lm, draft), Engine(lm)
+            lines = forecast(engine, drafts, batch_size)
+        console.print(lines, highlight=False, markup=False)
     result = run(
         lm,
         texts,
@@ -154,6 +168,10 @@ def generate(
         seed=seed,
         batch_size=batch_size,
         chat=chat,
+        stop=stop,
+        draft=list(drafts),
+        k=k,
+        engine=engine,
     )
     result = replace(result, seconds_total=seconds_load + result.seconds_total)
     for completion in result.completions:

@@ -186,6 +186,6 @@ def test_bench_sharding_reports_what_it_promises(tiny_folders):
     for row in result["layouts"]:
         assert row["seconds_measured"] > 0 and row["seconds_simulated"] > 0
         assert 0 <= row["bubble_simulated"] < 1 and 0 <= row["bubble_measured"] < 1
-        assert (row["bytes_sent"] > 0) == ("pipeline" in row["layout"])
+        assert (row["bytes_sent"] > 0) == ("data" not in row["layout"])
     assert 200 < result["projected_seconds_v100x4"] < 372
     assert sharding_measurement(result).n == 8

@@ -43,7 +43,7 @@ def test_conda_users_get_the_same_versions():
 FLOORS = [
     {"errors", "paths", "stats", "progress", "hub", "card", "sources", "gguf", "matmul", "model", "data", "weights"},
     {"scoring", "quantization", "sharding", "decoding"},
-    {"loading", "shard", "sharded"},
+    {"loading", "shard", "sharded", "drafting"},
     {"measure"},
     {"lab"},
     {"terminal", "options", "cli_bench", "cli"},

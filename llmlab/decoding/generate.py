@@ -1,16 +1,19 @@
-"""generate(): prefill once, then one token a step from the KV cache."""
+"""generate() and stream(): prompts in, completions out, with or without speculation."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
-from llmlab.decoding.sampling import pick
-from llmlab.errors import InputError, NumericalError
+from llmlab.decoding.cost import Tally
+from llmlab.decoding.drafts import Draft, Sampling, as_draft
+from llmlab.decoding.engine import Engine
+from llmlab.decoding.speculative import Step, decode
+from llmlab.errors import InputError
 from llmlab.model import LM
 from llmlab.progress import progress
 from llmlab.stats import Metric
@@ -18,12 +21,17 @@ from llmlab.stats import Metric
 
 @dataclass(frozen=True)
 class Completion:
-    """What followed one prompt: `ids` without the end token; `stopped` tells whether the model ended by itself."""
+    """What followed one prompt.
+
+    `ids` are without the end token; `stopped` tells whether an end token or a stop string ended it; `steps` what each
+    pass drafted and what was accepted.
+    """
 
     prompt: str
     text: str
     ids: list[int]
     stopped: bool
+    steps: list[Step] = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class GenerateResult:
         seconds_prefill: all prefills; each also yields the first token.
         seconds_decode: all decode steps.
         seconds_first_token: median over batches of the time from prompt to first token.
+        draft: what drafted tokens; empty for plain decoding.
+        speculation: what was drafted and accepted, and what the cost model says; None for plain decoding.
     """
 
     completions: list[Completion]
@@ -52,6 +62,8 @@ class GenerateResult:
     top_p: float
     batch_size: int
     seed: int
+    draft: str = ""
+    speculation: Tally | None = None
     task: str = "generate"
     data: str = "prompts"
 
@@ -74,17 +86,25 @@ class GenerateResult:
     def protocol(self) -> str:
         """How the numbers came about, in one line."""
         how = "greedy" if self.temperature == 0 else f"temperature {self.temperature}, top-p {self.top_p}"
-        return f"{how}, batch size {self.batch_size}, KV cache, tokens counted from ids"
+        drafting = f", draft: {self.draft}" if self.draft else ""
+        return f"{how}, batch size {self.batch_size}, static KV cache{drafting}, tokens counted from ids"
 
     def metrics(self) -> dict[str, Metric]:
         """The measurements with their units, for a Record."""
+        found = {}
+        if self.speculation:
+            found = {
+                "acceptance_rate": Metric(self.speculation.acceptance_rate),
+                "tokens_per_pass": Metric(self.speculation.tokens_per_pass, "token"),
+                "predicted_tokens_per_second": Metric(self.speculation.predicted_tokens_per_second, "token/s"),
+            }
         return {
             "decode_tokens_per_second": Metric(self.decode_tokens_per_second, "token/s"),
             "prefill_tokens_per_second": Metric(self.prompt_tokens / self.seconds_prefill, "token/s"),
             "seconds_first_token": Metric(self.seconds_first_token, "s"),
             "seconds_total": Metric(self.seconds_total, "s"),
             "new_tokens": Metric(self.new_tokens, "token"),
-        }
+        } | found
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -113,6 +133,10 @@ def generate(
     seed: int = 0,
     batch_size: int = 1,
     chat: bool = False,
+    stop: list[str] | None = None,
+    draft: Draft | LM | list[Draft | LM] | None = None,
+    k: int | None = None,
+    engine: Engine | None = None,
 ) -> GenerateResult:
     """Continue prompts. Greedy decoding at temperature 0, else sampling; a row ends at the model's end token.
 
@@ -123,34 +147,59 @@ def generate(
         temperature: 0 for greedy.
         top_p: nucleus of the samples, in (0, 1].
         seed: of the samples.
-        batch_size: prompts decoded together (left-padded, padding masked).
+        batch_size: prompts decoded together; each row has its own length and ends by itself.
         chat: use the chat template.
+        stop: texts at which a completion ends; they are left out, wherever tokens begin and end.
+        draft: speculate with it, or with several, asked in turn (see `drafts`); a model of the same shape, such as its
+            own quantized copy, or a smaller one with the same tokenizer. Exact: greedy ids stay the same in
+            fp32, samples keep their distribution.
+        k: tokens drafted for each pass; None adapts it to what is accepted and what it costs.
+        engine: `Engine(lm)` of an earlier call, to save the time of making one.
 
     Raises:
-        InputError: no or empty prompts, a setting out of range, or a prompt that leaves no room in the context.
+        InputError: no or empty prompts, a setting out of range, a prompt that leaves no room in the context, or a draft
+            that does not fit the model.
         NumericalError: the logits are not finite.
     """
-    check_settings(prompts, max_new_tokens, temperature, top_p, batch_size)
+    check_settings(prompts, max_new_tokens, temperature, top_p, batch_size, stop, k)
     begin = time.perf_counter()
     encoded = encode_prompts(lm, prompts, max_new_tokens=max_new_tokens, chat=chat)
-    generator = torch.Generator(device=lm.device).manual_seed(seed)
+    drafts = _drafts(lm, draft)
+    engine = engine or Engine(lm)
+    sampling = Sampling(temperature, top_p, torch.Generator(device=lm.device).manual_seed(seed))
+    ends, tally = end_tokens(lm), Tally()
+    if drafts:  # what passes cost is measured before the clock runs
+        room = max(map(len, encoded)) + max_new_tokens + 64
+        engine.start(min(batch_size, len(prompts)), room)
+        engine.profile()
     produced: list[list[int]] = []
+    steps: list[list[Step]] = []
     prefills, decodes = [], []
     with progress(len(prompts), "generating", "prompt") as bar:
         for first in range(0, len(prompts), batch_size):
-            rows, prefill, decode = _generate_batch(
-                lm, encoded[first : first + batch_size], max_new_tokens, temperature, top_p, generator
-            )
+            batch = encoded[first : first + batch_size]
+            rows: list[list[int]] = [[] for _ in batch]
+            history: list[list[Step]] = [[] for _ in batch]
+            now = time.perf_counter()
+            passes = decode(
+                engine, batch, max_new_tokens=max_new_tokens, sampling=sampling,
+                finished=ending(lm, ends, stop or []), drafts=drafts, k=k, tally=tally,
+            )  # fmt: skip
+            for index, found in enumerate(passes):
+                if index == 0:
+                    prefills.append(time.perf_counter() - now)
+                    now = time.perf_counter()
+                for row, step in found.items():
+                    rows[row] += step.tokens
+                    history[row].append(step)
+            decodes.append(time.perf_counter() - now)
             produced += rows
-            prefills.append(prefill)
-            decodes.append(decode)
+            steps += history
             bar.update(len(rows))
-    ends = _end_tokens(lm)
-    completions = []
-    for prompt, ids in zip(prompts, produced, strict=True):
-        stopped = bool(ids) and ids[-1] in ends
-        kept = ids[:-1] if stopped else ids
-        completions.append(Completion(prompt, lm.decode(kept), kept, stopped))
+    completions = [
+        complete(lm, prompt, ids, ends, stop or [], history)
+        for prompt, ids, history in zip(prompts, produced, steps, strict=True)
+    ]
     new_tokens = sum(map(len, produced))
     return GenerateResult(
         completions=completions,
@@ -165,7 +214,88 @@ def generate(
         top_p=top_p,
         batch_size=batch_size,
         seed=seed,
+        draft=", then ".join(one.name for one in drafts),
+        speculation=tally if drafts else None,
     )
+
+
+def stream(lm: LM, prompt: str, **options: Any) -> Iterator[str]:
+    """The completion of one prompt, piece by piece as it comes; options as for `generate` (no batch size).
+
+    Raises what `generate` raises, before the first piece.
+    """
+    settings = {"max_new_tokens": 64, "temperature": 0.0, "top_p": 1.0, "seed": 0, "chat": False} | options
+    unknown = settings.keys() - {
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "seed",
+        "chat",
+        "stop",
+        "draft",
+        "k",
+        "engine",
+    }
+    if unknown:
+        raise InputError(f"unknown option {sorted(unknown)[0]!r} of stream.")
+    stop, draft, k = settings.get("stop") or [], settings.get("draft"), settings.get("k")
+    most = settings["max_new_tokens"]
+    check_settings([prompt], most, settings["temperature"], settings["top_p"], 1, stop, k)
+    encoded = encode_prompts(lm, [prompt], max_new_tokens=most, chat=settings["chat"])
+    generator = torch.Generator(device=lm.device).manual_seed(settings["seed"])
+    passes = decode(
+        settings.get("engine") or Engine(lm), encoded, max_new_tokens=most,
+        sampling=Sampling(settings["temperature"], settings["top_p"], generator),
+        finished=ending(lm, end_tokens(lm), stop), drafts=_drafts(lm, draft), k=k,
+    )  # fmt: skip
+
+    def pieces() -> Iterator[str]:
+        ids: list[int] = []
+        said = ""
+        hold = max(map(len, stop), default=0)  # the end of the text may become a stop string
+        for found in passes:
+            ids += found[0].tokens
+            text = complete(lm, prompt, ids, end_tokens(lm), stop, []).text
+            # An unfinished character decodes to U+FFFD until its last byte is there.
+            ready = text[: max(0, len(text) - hold)] if not text.endswith("\ufffd") else said
+            if len(ready) > len(said):
+                yield ready[len(said) :]
+                said = ready
+        text = complete(lm, prompt, ids, end_tokens(lm), stop, []).text
+        if len(text) > len(said):
+            yield text[len(said) :]
+
+    return pieces()
+
+
+def _drafts(lm: LM, draft: Any) -> list[Draft]:
+    asked = draft if isinstance(draft, list) else [] if draft is None else [draft]
+    return [as_draft(lm, one) for one in asked]
+
+
+def ending(lm: LM, ends: set[int], stop: list[str]) -> Callable[[int, list[int]], int | None]:
+    """Whether a row with these new tokens has ended: at an end token, or when its text holds a stop string."""
+
+    def finished(row: int, ids: list[int]) -> int | None:
+        del row
+        if ids[-1] in ends:
+            return len(ids)
+        if stop and any(text in lm.decode(ids) for text in stop):
+            return len(ids)
+        return None
+
+    return finished
+
+
+def complete(
+    lm: LM, prompt: str, ids: list[int], ends: set[int], stop: list[str], steps: list[Step]
+) -> Completion:  # fmt: skip
+    """A completion of new tokens: without the end token, its text without the stop string and what follows."""
+    stopped = bool(ids) and ids[-1] in ends
+    kept = ids[:-1] if stopped else list(ids)
+    text = lm.decode(kept)
+    places = [text.find(s) for s in stop if s in text]
+    return Completion(prompt, text[: min(places)] if places else text, kept, stopped or bool(places), steps)
 
 
 def encode_prompts(lm: LM, prompts: list[str], *, max_new_tokens: int, chat: bool) -> list[list[int]]:
@@ -181,59 +311,7 @@ def encode_prompts(lm: LM, prompts: list[str], *, max_new_tokens: int, chat: boo
     return encoded
 
 
-@torch.inference_mode()
-def _generate_batch(
-    lm: LM,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    generator: torch.Generator,
-) -> tuple[list[list[int]], float, float]:
-    """New ids of each row (its end token included), seconds of the prefill, seconds of the decode steps."""
-    begin = time.perf_counter()
-    ends = _end_tokens(lm)
-    longest = max(map(len, prompts))
-    # Left padding: every row's next token stands in the same column.
-    input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)  # [batch, longest]
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):
-        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-        mask[row, longest - len(ids) :] = 1
-    input_ids, mask = input_ids.to(lm.device), mask.to(lm.device)
-    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=lm.model.config)
-    rows: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
-    after_prefill = begin
-    for step in range(max_new_tokens):
-        output = lm.model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = output.logits[:, -1]  # [batch, vocabulary]
-        if not torch.isfinite(logits).all():
-            raise NumericalError(f"the logits of step {step} are not finite in {lm.dtype}: try fp32.")
-        tokens = pick(logits, temperature, top_p, generator)  # [batch]
-        picked = tokens.tolist()  # waits for the device
-        for row in list(open_rows):
-            rows[row].append(picked[row])
-            if picked[row] in ends:
-                open_rows.discard(row)
-        if step == 0:
-            after_prefill = time.perf_counter()
-        if not open_rows:
-            break
-        input_ids, positions = tokens[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=-1)
-    return rows, after_prefill - begin, time.perf_counter() - after_prefill
-
-
-def _end_tokens(lm: LM) -> set[int]:
+def end_tokens(lm: LM) -> set[int]:
     """Ids that end a completion; a model may have several (end of text, end of turn)."""
     configured = lm.model.generation_config.eos_token_id
     if configured is None:
@@ -243,7 +321,15 @@ def _end_tokens(lm: LM) -> set[int]:
     return set(configured) if isinstance(configured, (list, tuple)) else {configured}
 
 
-def check_settings(prompts: list[str], max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
+def check_settings(
+    prompts: list[str],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    batch_size: int,
+    stop: list[str] | None = None,
+    k: int | None = None,
+) -> None:
     """Raise InputError for settings that make no sense; needs no model, so it can come before loading one."""
     if not prompts:
         raise InputError("there are no prompts: give at least one.")
@@ -258,3 +344,7 @@ def check_settings(prompts: list[str], max_new_tokens: int, temperature: float, 
         raise InputError(f"top-p {top_p}: give a number above 0 and at most 1.")
     if batch_size < 1:
         raise InputError(f"batch size {batch_size}: give a positive number.")
+    if any(not text for text in stop or []):
+        raise InputError("an empty stop string would end everything at once: leave it out.")
+    if k is not None and not 0 <= k <= 64:
+        raise InputError(f"k = {k} drafted tokens: give 0 to 64, or none to adapt it.")

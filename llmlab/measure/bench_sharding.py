@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from llmlab.card import ModelCard
 from llmlab.data import Question
@@ -183,7 +184,8 @@ def simulated(
     for replica in range(cuts.data):
         first_rank = replica * cuts.pipeline * cuts.tensor
         nodes = parts[first_rank].nodes
-        reduces = 2 if cuts.tensor > 1 else 0
+        # Reduces were timed while all ranks shared the cores: their share of a core is what they cost here.
+        reduces = 0.0 if cuts.tensor == 1 else 2.0 if cores is None else 2.0 * cores / len(parts)
         for way in range(cuts.tensor):
             work = [
                 [
@@ -214,9 +216,10 @@ def _bounds(card: ModelCard, stages: int) -> list[tuple[int, int]]:
 
 
 def _matmuls() -> float:
-    x, w = torch.randn(256, 576), torch.randn(1536, 576)
+    """As much as two passes of the built-in model's MLPs; weights come from memory, as a model's do."""
+    x, weights = torch.randn(256, 576), [torch.randn(1536, 576) for _ in range(90)]
     begin = time.perf_counter()
-    for _ in range(300):
+    for w in weights + weights:
         torch.nn.functional.linear(x, w)
     return time.perf_counter() - begin
 
@@ -243,12 +246,15 @@ def work_together(rank: Rank) -> float:
 
 
 def time_reduce(rank: Rank, hidden_size: int) -> float:
-    """Seconds of an all-reduce of 256 nodes' hidden states between pairs of ranks."""
-    x = torch.randn(256, hidden_size)
-    dist.all_reduce(x)
+    """Seconds of an all-reduce of 256 nodes' hidden states between pairs of ranks, all pairs at once."""
+    group = None
+    if rank.size % 2 == 0:
+        group = init_device_mesh(rank.device.type, (rank.size // 2, 2)).get_group(1)
+    x = torch.randn(256, hidden_size, device=rank.device)
+    dist.all_reduce(x, group=group)
     begin = time.perf_counter()
     for _ in range(20):
-        dist.all_reduce(x)
+        dist.all_reduce(x, group=group)
     return (time.perf_counter() - begin) / 20
 
 

@@ -122,6 +122,21 @@ class QuantLinear(torch.nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
 
+    def joined(self, others: list[QuantLinear]) -> QuantLinear | None:
+        """One matrix that computes this one's outputs and those of others with the same input; None if none can."""
+        every = [self, *others]
+        outputs = sum(m.out_features for m in every)
+        alike = all(m.bits == self.bits and torch.equal(m.g_idx, self.g_idx) for m in every)
+        if not alike or len({m.bias is None for m in every}) > 1 or any(m.out_features * m.bits % 32 for m in every):
+            return None
+        made = QuantLinear(self.in_features, outputs, self.bits, self.groups, self.bias is not None)
+        made.qweight = torch.cat([m.qweight for m in every], dim=1)
+        made.qzeros = torch.cat([m.qzeros for m in every], dim=1)
+        made.scales = torch.cat([m.scales for m in every], dim=1)
+        made.g_idx = self.g_idx
+        made.bias = None if self.bias is None else torch.cat([m.bias for m in every if m.bias is not None])
+        return made
+
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.in_features} -> {self.out_features}, {self.bits} bits, {self.groups} groups, {self.kernel}"

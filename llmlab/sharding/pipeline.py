@@ -28,7 +28,7 @@ class Stage:
         ranks: global rank of each stage.
         group: the process group of those ranks.
         busy: (start, end) of each computation, seconds on this machine's monotonic clock.
-        bytes_sent: of hidden states and logits.
+        bytes_sent: of hidden states, logits and all-reduces of layers.
     """
 
     index: int

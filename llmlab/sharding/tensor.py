@@ -98,7 +98,10 @@ class VocabularyHead(torch.nn.Module):
 
 
 def attach(model: Any, cut: Cut, group: Any) -> None:
-    """Make a model whose layers hold their parts compute the whole: all-reduces, and the head counts of this rank."""
+    """Make a model whose layers hold their parts compute the whole: all-reduces, and the head counts of this rank.
+
+    What the all-reduces send is counted on `model.stage` (see `pipeline.attach`).
+    """
     config = model.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -107,6 +110,8 @@ def attach(model: Any, cut: Cut, group: Any) -> None:
     def add_up(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         output = output.contiguous()
         dist.all_reduce(output, group=group)
+        # A ring sends 2 (t - 1) / t of the tensor from each rank (Patarasuk and Yuan 2009).
+        model.stage.bytes_sent += 2 * (cut.size - 1) * output.nbytes // cut.size
         return output
 
     for layer in decoder_layers(model)[1]:

@@ -1,0 +1,353 @@
+"""Engine: forward passes over a static KV cache, for rows of different lengths.
+
+The model's code is transformers'. Its attention is replaced by one that writes keys and values into buffers of a fixed
+size and reads what each token may see: the row's past, and within the pass its ancestors, so that chains and trees of
+drafted tokens are one case. Nothing is kept until `keep` says so: a rejected draft costs no copying.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from llmlab.decoding import fewrows
+from llmlab.decoding.attend import attend
+from llmlab.decoding.record import record, recordable, scripted
+from llmlab.errors import InputError
+from llmlab.model import LM
+
+NAME = "llmlab_cache"
+CHUNK = 512  # tokens of a prompt that go through the model at once
+WIDTHS = (1, 2, 3, 5, 9, 17)  # of a pass; others are padded to the next one, so that few shapes are recorded
+RECORD = 3  # passes of one shape before it is recorded
+
+
+class Cache:
+    """Static buffers for keys and values: [rows, kv_heads, capacity, d] a layer, made when a layer first writes.
+
+    `batch` rows are in use, the first ones; `lengths`: tokens held by each.
+    """
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
+        self.buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.clear(rows)
+
+    def clear(self, batch: int) -> None:
+        """Begin anew with `batch` empty rows."""
+        self.batch, self.lengths = batch, [0] * batch
+
+    def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer in the rows in use; `like` is what comes in, [batch, kv_heads, width, d]."""
+        if index not in self.buffers:
+            shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
+            self.buffers[index] = (like.new_zeros(shape), like.new_zeros(shape))
+        keys, values = self.buffers[index]
+        return keys[: self.batch], values[: self.batch]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(t.nbytes for pair in self.buffers.values() for t in pair)
+
+    def move(self, row: int, sources: list[int], to: int) -> None:
+        """Put the tokens in slots `sources` of a row into the slots from `to` on."""
+        index = torch.tensor(sources)
+        for keys, values in self.buffers.values():
+            keys[row, :, to : to + len(sources)] = keys[row, :, index]
+            values[row, :, to : to + len(sources)] = values[row, :, index]
+
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows alone."""
+        for keys, values in self.buffers.values():
+            keys[: len(rows)], values[: len(rows)] = keys[rows], values[rows]
+        self.lengths = [self.lengths[row] for row in rows]
+        self.batch = len(rows)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What attention needs to know of one forward pass.
+
+    Attributes:
+        cache: the buffers.
+        start: first slot written, [] on CPU, where it is the same for all rows; else None.
+        slots: [batch, width], the slot of each token, where they differ; else None.
+        mask: [batch, 1, groups * width, seen], True where a token (below one another: the query heads of a KV head)
+            sees a slot; None if every token sees all slots up to its own.
+        attend: `attend`, or its recording.
+    """
+
+    cache: Cache
+    start: torch.Tensor | None
+    slots: torch.Tensor | None
+    mask: torch.Tensor | None
+    attend: Callable[..., torch.Tensor]
+
+
+def cached_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    one: Pass,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: [batch, heads, width, d] queries to [batch, width, heads, d]."""
+    keys, values = one.cache.layer(module.layer_idx, key)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return one.attend(query, key, value, keys, values, one.start, one.slots, one.mask, scale), None
+
+
+AttentionInterface.register(NAME, cached_attention)
+
+
+class Engine:
+    """A model ready to decode.
+
+    Args:
+        lm: the model; it stays as it is, weights are shared (and laid out a second time on CPU, see `fewrows`).
+        cache_of: share this engine's cache: a draft that is a cheaper version of the same model reads the keys and
+            values of the exact one, and needs no prefill of its own.
+        layers: use the first N decoder layers alone.
+
+    Raises InputError for models whose layers see a part of the past only (sliding windows).
+    """
+
+    def __init__(self, lm: LM, *, cache_of: Engine | None = None, layers: int | None = None) -> None:
+        config = copy.copy(lm.model.config)
+        if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+            raise InputError(f"{lm.name} attends within windows of {config.sliding_window} tokens: not supported.")
+        self.lm = lm
+        self.model: Any = fewrows.shared_copy(lm.model)
+        config._attn_implementation = NAME
+        for module in self.model.modules():
+            if hasattr(module, "config"):
+                module.__dict__["config"] = config
+        if layers is not None:
+            _shorten(self.model, layers)
+        fewrows.prepare(self.model, lm.model.dtype)
+        self.groups = config.num_attention_heads // (
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        )
+        self.device = lm.device
+        self.owner = cache_of
+        self.cache = Cache(0, 0)
+        self.seconds_recording = 0.0  # spent on recording passes, to be told apart from decoding
+        self._recordable = recordable(self.model)
+        self._recorded_for: Cache | None = None
+        self._replays: dict[Any, Callable[..., torch.Tensor]] = {}  # by shape
+        self._uses: dict[Any, int] = {}
+        self._pending: list[list[int]] = []  # slots of the last pass, by row
+        self._seconds: dict[int, dict[int, float]] = {}  # by batch, by width
+
+    def start(self, batch: int, capacity: int) -> None:
+        """An empty cache for `batch` rows of up to `capacity` tokens, drafted ones included.
+
+        The buffers of before serve again if they are large enough: recorded passes write into them.
+        """
+        if batch > self.cache.rows or capacity > self.cache.capacity:
+            # A little more than asked for, so that a slightly longer prompt needs no new ones.
+            self.cache = Cache(max(batch, self.cache.rows), -(-capacity // 128) * 128)
+        self.cache.clear(batch)
+
+    @property
+    def held(self) -> Cache:
+        """The cache in use."""
+        return self.owner.held if self.owner else self.cache
+
+    @torch.inference_mode()
+    def prefill(self, prompts: list[list[int]]) -> torch.Tensor:
+        """Read the prompts into the cache; logits [batch, vocabulary] that follow each prompt's last token."""
+        logits: list[torch.Tensor | None] = [None] * len(prompts)
+        for first in range(0, max(map(len, prompts)), CHUNK):
+            chunk = [ids[first : first + CHUNK] for ids in prompts]
+            found = self.forward(chunk, last=True)
+            self.keep([list(range(len(ids))) for ids in chunk])
+            for row, ids in enumerate(chunk):
+                if ids:
+                    logits[row] = found[row]
+        return torch.stack([row for row in logits if row is not None])
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: list[list[int]], parents: list[list[int]] | None = None, *, ahead: int = 0, last: bool = False
+    ) -> torch.Tensor:
+        """One pass; its tokens stand behind those of the cache but are not kept yet.
+
+        Args:
+            tokens: of each row; rows may differ in number.
+            parents: for each token the index of the one before it in its row's list, -1 for the row's past; by default
+                each row is a chain.
+            ahead: tokens of earlier passes, not kept, that count as past.
+            last: logits of each row's last token alone.
+
+        Returns:
+            [batch, width, vocabulary], or [batch, vocabulary] with `last`; rows are padded.
+        """
+        tensors = self._tensors(tokens, parents, ahead, pad=not last)
+        if not last:
+            return self._run(tensors)
+        at = torch.tensor([max(0, len(ids) - 1) for ids in tokens])
+        keep, where = torch.unique(at, return_inverse=True)
+        return self._forward(*tensors, attend, keep.to(self.device))[torch.arange(len(tokens)), where]
+
+    def _forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        start: torch.Tensor | None,
+        slots: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        attention: Callable[..., torch.Tensor],
+        logits_to_keep: Any = 0,
+    ) -> torch.Tensor:
+        one = Pass(self.held, start, slots, mask, attention)
+        output = self.model(
+            input_ids=input_ids, position_ids=positions, use_cache=False, one=one, logits_to_keep=logits_to_keep
+        )
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def _run(self, tensors: tuple[Any, ...]) -> torch.Tensor:
+        """A pass; one whose shape comes often is recorded and replayed."""
+        if self._recorded_for is not self.held:  # recordings write into the buffers they were made with
+            self._replays, self._uses, self._recorded_for = {}, {}, self.held
+        shape = (tensors[0].shape, tensors[2] is None, tensors[4] is None)
+        if shape in self._replays:
+            return self._replays[shape](*tensors)
+        self._uses[shape] = self._uses.get(shape, 0) + 1
+        if not self._recordable or self._uses[shape] != RECORD:
+            return self._forward(*tensors, attend)
+        begin = time.perf_counter()
+        replay, logits = record(self.model, lambda *now: self._forward(*now, scripted(attend)), tensors)
+        if replay is not None:
+            self._replays[shape] = replay
+        self.seconds_recording += time.perf_counter() - begin
+        return logits
+
+    def _tensors(
+        self, tokens: list[list[int]], parents: list[list[int]] | None, ahead: int, pad: bool
+    ) -> tuple[Any, ...]:
+        """input_ids, positions, start, slots and mask of a pass; see `Pass`."""
+        cache, device = self.held, self.device
+        width = max(map(len, tokens))
+        past = [length + ahead for length in cache.lengths]
+        if pad:
+            padded = next((w for w in WIDTHS if w >= width), width)
+            width = padded if max(past) + padded <= cache.capacity else width
+        seen = max(past) + width
+        if seen > cache.capacity:
+            raise InputError(f"{seen} tokens do not fit a cache of {cache.capacity}: start it larger.")
+        input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in tokens])
+        self._pending = [[n + i for i in range(width)] for n in past]
+        even = len(set(past)) == 1
+        if even and width == 1:
+            positions, mask = torch.tensor([[n] for n in past]), None
+        else:
+            positions, mask = self._visible(past, width, seen, parents)
+        # Padding, and drafts that reach beyond the end, are not kept: their positions only have to exist.
+        positions = positions.clamp_(max=self.lm.card.context_length - 1)
+        start = torch.tensor(past[0]) if even else None
+        slots = None if even else (torch.tensor(past)[:, None] + torch.arange(width)).to(device)
+        return input_ids.to(device), positions.to(device), start, slots, None if mask is None else mask.to(device)
+
+    def _visible(
+        self, past: list[int], width: int, seen: int, parents: list[list[int]] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions [batch, width] and the mask [batch, 1, groups * width, seen]."""
+        start, columns = torch.tensor(past)[:, None], torch.arange(seen)
+        place = torch.arange(width)
+        if parents is None:
+            positions = start + place
+            sees = columns <= positions[..., None]  # [batch, width, seen]: token i of row b sees slot j
+        else:
+            depths, inner = zip(*(_ancestors(row, width) for row in parents), strict=True)
+            positions = start + torch.stack(depths)
+            sees = (columns < start)[:, None].expand(-1, width, -1).clone()
+            slots = (start + place)[:, None].expand(-1, width, -1)  # [batch, width, width]
+            sees.scatter_(2, slots, torch.stack(inner))
+        return positions, sees[:, None].repeat(1, 1, self.groups, 1)
+
+    def keep(self, kept: list[list[int]]) -> None:
+        """Keep these tokens of the last pass, in this order; indices into each row's tokens."""
+        for row, indices in enumerate(kept):
+            first = self.held.lengths[row]
+            slots = [self._pending[row][i] for i in indices]
+            if slots != list(range(first, first + len(slots))):
+                self.held.move(row, slots, first)
+            self.held.lengths[row] = first + len(slots)
+
+    def seconds(self, width: int) -> float:
+        """Of one pass over `width` tokens a row; between and beyond measured widths by lines."""
+        found, share = self._measured()
+        # Rows that have ended are gone from the batch: what remains is as much work as fewer tokens of the whole batch.
+        wanted = max(1.0, width * share)
+        widths = sorted(found)
+        above = next((w for w in widths if w >= wanted), widths[-1])
+        below = max((w for w in widths if w < above), default=above)
+        if below == above:
+            return found[above]
+        return found[below] + (found[above] - found[below]) * (wanted - below) / (above - below)
+
+    def profile(self) -> dict[int, float]:
+        """Seconds of a pass by its width at the batch size of the cache, measured once. Keeps nothing in the cache."""
+        return self._measured()[0]
+
+    def _measured(self, repeats: int = 3) -> tuple[dict[int, float], float]:
+        """The profile, and the batch of now over the batch that was measured."""
+        cache = self.held
+        larger = [batch for batch in self._seconds if batch >= cache.batch]
+        if larger:
+            return self._seconds[min(larger)], cache.batch / min(larger)
+        lengths, longest = cache.lengths, max(cache.lengths)
+        cache.lengths = [max(longest, min(cache.capacity // 2, cache.capacity - WIDTHS[-1]))] * cache.batch
+        widths = [w for w in WIDTHS if cache.lengths[0] + w <= cache.capacity]
+        runs: dict[int, list[float]] = {w: [] for w in widths}
+        for turn in range(repeats + 1):
+            for width in widths:
+                begin = time.perf_counter()
+                self.forward([[0] * width] * cache.batch)
+                _wait(self.device)
+                if turn:  # the first is a warm-up
+                    runs[width].append(time.perf_counter() - begin)
+        cache.lengths = lengths
+        found = {w: statistics.median(r) for w, r in runs.items()}
+        for narrow, wide in pairwise(widths):
+            found[wide] = max(found[wide], found[narrow])  # a wider pass is never cheaper: that would be noise
+        self._seconds[cache.batch] = found
+        return found, 1.0
+
+
+def _ancestors(parents: list[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Depth of each token below the past [width], and which tokens each sees within the pass [width, width]."""
+    depths = torch.zeros(width, dtype=torch.long)
+    sees = torch.eye(width, dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            depths[node] = depths[parent] + 1
+            sees[node] |= sees[parent]
+    return depths, sees
+
+
+def _shorten(model: Any, layers: int) -> None:
+    for module in model.modules():
+        for name, child in list(module._modules.items()):
+            if isinstance(child, torch.nn.ModuleList) and len(child) == model.config.num_hidden_layers:
+                module._modules[name] = torch.nn.ModuleList(list(child)[:layers])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

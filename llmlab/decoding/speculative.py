@@ -1,0 +1,288 @@
+"""Speculative decoding: draft, verify in one pass, accept. Exact, and batched: each row keeps what it may.
+
+Greedy: a drafted token is accepted if it is the argmax, so the ids are those of plain greedy decoding (in fp32; in half
+precision a pass over more tokens may round a near-tie the other way). Sampling: a token x drafted from q is accepted
+with probability min(1, p(x) / q(x)), else one is drawn from max(0, p - q), normalized: what comes out is distributed as
+p (Leviathan et al. 2022, arXiv 2211.17192, appendix A.1; Chen et al. 2023, arXiv 2302.01318, theorem 1). A draft that
+did not sample, such as prompt lookup, has q = 1 on its token: then it is the same to draw x from p and to go on as long
+as x was drafted, which works for trees, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from llmlab.decoding.cost import Rate, Tally, best_depth, best_k
+from llmlab.decoding.drafts import Draft, Proposal, Sampling
+from llmlab.decoding.engine import Engine
+from llmlab.decoding.sampling import next_token_probs
+from llmlab.errors import NumericalError
+
+MOST = 16  # drafted tokens a row where k adapts
+PROBE = 24  # passes without a costly draft after which it is tried again
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did to one row.
+
+    Attributes:
+        source: the draft; empty without one.
+        drafted: its tokens (a tree in the order of `parents`).
+        parents: see `Proposal`.
+        accepted: how many tokens of `tokens` were drafted ones.
+        tokens: what the row got: accepted ones, then the model's own.
+    """
+
+    source: str
+    drafted: list[int]
+    parents: list[int]
+    accepted: int
+    tokens: list[int]
+
+
+def verify(proposal: Proposal, logits: torch.Tensor, sampling: Sampling) -> tuple[list[int], int]:
+    """Which drafted tokens are accepted and which token follows.
+
+    Args:
+        proposal: of one row.
+        logits: [1 + drafted, vocabulary]: behind the row's last token, then behind each drafted one.
+        sampling: temperature 0 is greedy.
+
+    Returns:
+        Indices of accepted drafted tokens, from the root downwards; the token that the model adds.
+    """
+    if sampling.temperature == 0:
+        best = logits.argmax(dim=-1).tolist()
+        return _follow(proposal, lambda node: best[node + 1])
+    if proposal.probs is None:
+        return _follow(proposal, lambda node: _draw(_probs(logits[node + 1], sampling), sampling))
+    for index, token in enumerate(proposal.tokens):
+        p, q = _probs(logits[index], sampling), proposal.probs[index]
+        if torch.rand((), generator=sampling.generator, device=p.device) * q[token] < p[token]:
+            continue
+        rest = (p - q).clamp(min=0)
+        return list(range(index)), _draw(rest / rest.sum(), sampling)
+    return list(range(len(proposal.tokens))), _draw(_probs(logits[len(proposal.tokens)], sampling), sampling)
+
+
+def _follow(proposal: Proposal, choose: Callable[[int], int]) -> tuple[list[int], int]:
+    """Go down the tree as long as what the model chooses was drafted."""
+    children = {(p, t): i for i, (p, t) in enumerate(zip(proposal.parents, proposal.tokens, strict=True))}
+    node = -1
+    path: list[int] = []
+    while True:
+        token = choose(node)
+        if (node, token) not in children:
+            return path, token
+        node = children[node, token]
+        path.append(node)
+
+
+def _probs(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    return next_token_probs(logits[None], sampling.temperature, sampling.top_p)[0]
+
+
+def _draw(probs: torch.Tensor, sampling: Sampling) -> int:
+    return int(torch.multinomial(probs, 1, generator=sampling.generator))
+
+
+@torch.inference_mode()
+def decode(
+    engine: Engine,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    finished: Callable[[int, list[int]], int | None],
+    drafts: list[Draft] | None = None,
+    k: int | None = None,
+    tally: Tally | None = None,
+) -> Iterator[dict[int, Step]]:
+    """Continue a batch of prompts; yields after each pass what the rows that were still open got.
+
+    Args:
+        engine: of the model. Its cache is started anew.
+        prompts: token ids, each with `max_new_tokens` of room in the model's context.
+        max_new_tokens: at most so many for each row.
+        sampling: how tokens are chosen.
+        finished: told a row and all its new tokens; how many of them remain if the row has ended, else None.
+        drafts: asked in this order; a row takes the first guess it gets. Free ones first.
+        k: drafted tokens (a tree: depth) a pass; None adapts it to acceptance and cost, down to none at all.
+        tally: takes the count.
+
+    Raises NumericalError if logits are not finite.
+    """
+    drafts, tally = drafts or [], tally or Tally()
+    room = max(map(len, prompts)) + max_new_tokens + (k or MOST) * 4 + 2
+    engine.start(len(prompts), room)
+    pace = Pace(engine, drafts, k, len(prompts))
+    produced: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # which prompt each row of the batch is
+
+    def take(found: dict[int, Step]) -> list[int]:
+        """Give rows their tokens, up to where they end; places in the batch of those that go on."""
+        still = []
+        for place, row in enumerate(rows):
+            if row not in found:
+                continue
+            step = found[row]
+            for index, token in enumerate(step.tokens):
+                produced[row].append(token)
+                stop = finished(row, produced[row])
+                if stop is None and len(produced[row]) >= max_new_tokens:
+                    stop = len(produced[row])
+                if stop is not None:
+                    kept = step.tokens[: index + 1]
+                    found[row] = Step(step.source, step.drafted, step.parents, min(step.accepted, len(kept)), kept)
+                    break
+            else:
+                still.append(place)
+        return still
+
+    logits = _finite(engine.prefill(prompts), engine)
+    found = {row: Step("", [], [], 0, [verify(Proposal(), logits[row : row + 1], sampling)[1]]) for row in rows}
+    still = take(found)
+    yield found
+    for draft in drafts:
+        draft.begin(engine, prompts, room)
+    while still:
+        # Until half of the rows have ended they go along, idle: a batch of another size is another shape to record.
+        if 2 * len(still) <= len(rows):
+            engine.cache.select(still)
+            for draft in drafts:
+                draft.select(still)
+            rows, still = [rows[place] for place in still], list(range(len(still)))
+        contexts = [prompts[row] + produced[row] for row in rows]
+        left = [max_new_tokens - len(produced[row]) - 1 if p in still else 0 for p, row in enumerate(rows)]
+        asked = pace.proposals(contexts, left, rows, sampling)
+        proposals = [proposal for proposal, _ in asked]
+        tokens = [ids[-1:] + p.tokens for ids, p in zip(contexts, proposals, strict=True)]
+        trees = any(p.parents != list(range(-1, len(p.parents) - 1)) for p in proposals)
+        parents = [[-1, *(parent + 1 for parent in p.parents)] for p in proposals] if trees else None
+        logits = _finite(engine.forward(tokens, parents), engine)
+        found = {}
+        kept: list[list[int]] = [[] for _ in rows]
+        for place in still:
+            row, proposal = rows[place], proposals[place]
+            path, token = verify(proposal, logits[place, : 1 + len(proposal.tokens)], sampling)
+            kept[place] = [0, *(node + 1 for node in path)]
+            taken = [proposal.tokens[node] for node in path]
+            found[row] = Step(proposal.source, proposal.tokens, proposal.parents, len(path), [*taken, token])
+            pace.observe(row, asked[place][1], found[row].tokens)
+        engine.keep(kept)
+        pace.tally(tally, [(proposals[place], found[rows[place]]) for place in still])
+        still = take(found)
+        yield found
+
+
+def _finite(logits: torch.Tensor, engine: Engine) -> torch.Tensor:
+    if not torch.isfinite(logits).all():
+        raise NumericalError(f"the logits of {engine.lm.name} are not finite in {engine.lm.dtype}: try fp32.")
+    return logits
+
+
+class Pace:
+    """How much to draft: what each row and draft have had accepted, against what passes cost."""
+
+    def __init__(self, engine: Engine, drafts: list[Draft], k: int | None, batch: int) -> None:
+        self.engine, self.drafts, self.k = engine, drafts, k
+        self.rates = {(row, draft.name): Rate() for row in range(batch) for draft in drafts}
+        self.idle = 0  # passes since a costly draft was asked
+        self.draft_passes = 0
+
+    def proposals(
+        self, contexts: list[list[int]], left: list[int], rows: list[int], sampling: Sampling
+    ) -> list[tuple[Proposal, Proposal]]:
+        """For each row what is to be verified, and all that was proposed: `observe` compares that with what comes."""
+        found = [Proposal() for _ in rows]
+        most = max(0, min(MOST if self.k is None else self.k, max(left)))
+        self.draft_passes = 0
+        for draft in self.drafts:
+            lacking = [place for place, p in enumerate(found) if not p.tokens and left[place] > 0]
+            if not lacking or not most:
+                break
+            depth = most if draft.free or self.k is not None else self._worth(draft, [rows[p] for p in lacking])
+            if depth == 0:
+                continue
+            new = draft.propose(contexts, depth, sampling)
+            if not draft.free:
+                self.draft_passes = depth
+                self.idle = 0
+            for place in lacking:
+                found[place] = new[place]
+        self.idle += self.draft_passes == 0
+        whole = [_cut(p, max(0, n)) for p, n in zip(found, left, strict=True)]
+        if self.k is not None or not any(p.tokens for p in whole):
+            return [(p, p) for p in whole]
+        depths = [_depth(p) for p in whole]
+        rates = [self.rates[row, p.source].value if p.tokens else 0.0 for row, p in zip(rows, whole, strict=True)]
+        # What a costly draft has drafted is there: from here on only the verifying pass costs.
+        depth, _ = best_depth(
+            rates, depths, lambda d: 1 + max(len(_cut(p, d).tokens) for p in whole), self.engine.seconds, 0.0
+        )
+        return [(_cut(p, depth), p) for p in whole]
+
+    def _worth(self, draft: Draft, rows: list[int]) -> int:
+        """How many tokens to ask a costly draft for; 0 if that does not pay."""
+        if self.idle >= PROBE:
+            return 1
+        rate = sum(self.rates[row, draft.name].value for row in rows) / len(rows)
+        return best_k(rate, self.engine.seconds, draft.seconds(), MOST // 2)
+
+    def observe(self, row: int, proposed: Proposal, tokens: list[int]) -> None:
+        """Compare what was proposed with what the row got, whether it was verified or not."""
+        if not proposed.tokens:
+            return
+        children = {(p, t): i for i, (p, t) in enumerate(zip(proposed.parents, proposed.tokens, strict=True))}
+        node, hits, trials = -1, 0, 0
+        for token in tokens:
+            if not any(parent == node for parent, _ in children):
+                break
+            trials += 1
+            if (node, token) not in children:
+                break
+            node = children[node, token]
+            hits += 1
+        self.rates[row, proposed.source].observe(hits, trials)
+
+    def tally(self, tally: Tally, rows: list[tuple[Proposal, Step]]) -> None:
+        """Count one pass."""
+        tally.passes += 1
+        for proposal, step in rows:
+            depth = _depth(proposal)
+            tally.observe(
+                proposal.source, depth, len(proposal.tokens), step.accepted, step.accepted + (step.accepted < depth)
+            )
+        if self.drafts:
+            width = 1 + max(len(p.tokens) for p, _ in rows)
+            tally.seconds += self.engine.seconds(width)
+            tally.plain_seconds += self.engine.seconds(1)
+            if self.draft_passes:
+                tally.seconds += self.draft_passes * next(d for d in self.drafts if not d.free).seconds()
+
+
+def _depth(proposal: Proposal) -> int:
+    depths: list[int] = []
+    for parent in proposal.parents:
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    return max(depths, default=0)
+
+
+def _cut(proposal: Proposal, depth: int) -> Proposal:
+    """The tree down to a depth. Nodes stand behind their parents, so it is enough to renumber them."""
+    if _depth(proposal) <= depth:
+        return proposal
+    depths: list[int] = []
+    number: dict[int, int] = {-1: -1}
+    made = Proposal(source=proposal.source, probs=None if proposal.probs is None else proposal.probs[:depth])
+    for node, (token, parent) in enumerate(zip(proposal.tokens, proposal.parents, strict=True)):
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+        if depths[node] <= depth:
+            number[node] = len(made.tokens)
+            made.tokens.append(token)
+            made.parents.append(number[parent])
+    return made
