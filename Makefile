@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: lab test setup check peers notebooks constraints clean
+.PHONY: lab test setup check peers notebooks figures constraints clean
 .DEFAULT_GOAL := lab
 
 lab: $(STAMP)  ## run the notebooks, write figures/ and report/index.html
@@ -39,12 +39,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 	@$(BIN)/llmlab doctor
 
-peers: .peers/gptqmodel/.installed .peers/autogptq/.installed  ## libraries whose pins conflict, in .peers/
+BUILD_llamacpp := scikit-build-core cmake
+
+peers: .peers/gptqmodel/.installed .peers/autogptq/.installed .peers/llamacpp/.installed  ## libraries whose pins conflict, in .peers/
 
 .peers/%/.installed: peers/%.txt
-	@echo "== llmlab: building the peer $* in .peers/$* (a minute or two)"
+	@echo "== llmlab: building the peer $* in .peers/$* (a minute or two; llamacpp ten)"
 	@$(PYTHON) -m venv .peers/$*
-	@.peers/$*/bin/python -m pip install -qq --disable-pip-version-check setuptools==84.2.1 wheel packaging ninja
+	@.peers/$*/bin/python -m pip install -qq --disable-pip-version-check setuptools==84.2.1 wheel packaging ninja $(BUILD_$*)
 	@.peers/$*/bin/python -m pip install -qq --disable-pip-version-check --no-build-isolation -r peers/$*.txt
 	@touch $@
 
@@ -52,6 +54,9 @@ notebooks: $(STAMP)  ## execute the committed notebooks in place; progress bars 
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
 	  --ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=ERROR notebooks/[0-9]*.ipynb
 	$(BIN)/jupyter nbconvert --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True notebooks/[0-9]*.ipynb
+
+figures: $(STAMP)  ## redraw the README's figures from data/reference/, nothing is measured
+	@$(BIN)/python -m llmlab.lab.redraw
 
 constraints: $(STAMP)  ## pin what is installed now
 	{ echo "# Exact versions with which the lab is tested (Python 3.11, Linux): make constraints writes this file."; \

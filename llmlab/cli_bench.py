@@ -177,3 +177,39 @@ def bench_sharding(
     print_metrics(f"{model} on {devices} ranks", measured.metrics(), measured.protocol)
     console.print(result["projection"], highlight=False, markup=False)
     finish(lm, measured, result, json_file, warmup=1, repeats=repeats)
+
+
+@bench.command("decoding", epilog="Example: llmlab bench decoding --prompts mine.jsonl --json out.json")
+def bench_decoding(
+    model: Model = "smollm2",
+    prompts: Annotated[Path | None, typer.Option(help="JSON Lines with prompt and kind; by default built in.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens a prompt.")] = 128,
+    per_kind: Annotated[int, typer.Option(help="Prompts of each kind at batch 1.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Counted runs of each engine on each prompt, interleaved.")] = 3,
+    compiled: Annotated[bool, typer.Option(help="Measure torch.compile, too (it compiles for minutes first).")] = True,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Our engine plain, compiled, 4-bit and with each draft, against transformers and llama.cpp (about 25 minutes for
+    the built-in model on 2 cores)."""
+    check_outputs(json_file)
+    from llmlab import data as sources
+    from llmlab.drafting import self_4bit
+    from llmlab.measure import bench_decoding as bench_module
+    from llmlab.sources import resolve
+
+    if min(repeats, per_kind, max_new_tokens) < 1:
+        raise InputError(f"{repeats} repeats of {per_kind} prompts, {max_new_tokens} tokens: give positive numbers.")
+    texts = sources.read_prompts(prompts) if prompts else sources.prompts()
+    source = resolve(model)
+    lm, _ = load_model(model, "fp32", device, None, None, False)
+    half, _ = load_model(model, None if lm.device.type == "cuda" else "bf16", device, None, None, False)
+    with console.status(f"{len(texts)} prompts, {repeats} rounds"):
+        result = bench_module.bench_decoding(
+            lm, half, self_4bit(lm), texts, gguf=source.location if source.kind == "gguf" else None,
+            new_tokens=max_new_tokens, units_per_kind=per_kind, repeats=repeats, compile=compiled,
+            on_row=lambda row: console.print(bench_module.line(row), highlight=False, soft_wrap=True),
+        )  # fmt: skip
+    measured = bench_module.measurement(result)
+    print_metrics(f"{model}: decoding", measured.metrics(), measured.protocol)
+    finish(lm, measured, result, json_file, warmup=1, repeats=repeats)

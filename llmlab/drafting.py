@@ -56,7 +56,7 @@ def self_4bit(lm: LM, quantized: LM | None = None) -> LM:
     dtype = "bf16" if lm.device.type == "cpu" else lm.dtype
     packed = with_dtype(packed, dtype)
     head = packed.model.get_output_embeddings()
-    scheme = Scheme(4, GROUP, search=False)
+    scheme = Scheme(4, GROUP)
     if type(head) is torch.nn.Linear and head.in_features % GROUP == 0 and head.out_features % 8 == 0:
         model = packed.model
         model.set_output_embeddings(QuantLinear.pack(rtn(head.weight.float(), scheme), scheme, head.bias))

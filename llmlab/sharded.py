@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from llmlab.data import Question
-from llmlab.decoding.generate import GenerateResult, generate
+from llmlab.decoding.generate import generate
+from llmlab.decoding.result import GenerateResult
 from llmlab.errors import InputError, NumericalError
 from llmlab.matmul import fastest_matmuls
 from llmlab.paths import new_folder

@@ -9,11 +9,15 @@ import torch
 
 import llmlab
 from llmlab import InputError
+from llmlab.drafting import self_4bit
 from llmlab.measure.ablation import ablation, branch_and_bound, last_layer_pruned
+from llmlab.measure.bench_decoding import Unit, _difference, bench_decoding
+from llmlab.measure.bench_decoding import measurement as decoding_measurement
 from llmlab.measure.bench_scoring import bench_scoring, best_batch_size, measurement, own_matmul_flops, own_matmuls
 from llmlab.measure.bench_sharding import bench_sharding
 from llmlab.measure.bench_sharding import measurement as sharding_measurement
 from llmlab.measure.challenge import ENDING_TOKENS, QUESTION_TOKENS, challenge, synthetic_sequences
+from llmlab.measure.decoders import Decoder, Run
 from llmlab.measure.memory import peak_bytes
 from llmlab.scoring import shared
 from llmlab.scoring.attention import tries_attend
@@ -189,3 +193,40 @@ def test_bench_sharding_reports_what_it_promises(tiny_folders):
         assert (row["bytes_sent"] > 0) == ("data" not in row["layout"])
     assert 200 < result["projected_seconds_v100x4"] < 372
     assert sharding_measurement(result).n == 8
+
+
+def test_bench_decoding_reports_what_it_promises(tiny_folders):
+    folder = str(tiny_folders["llama"])
+    lm, half = (llmlab.load(folder, dtype=dtype) for dtype in ("fp32", "bf16"))
+    prompts = [llmlab.Prompt(kind, f"{kind} a b a b {n}") for kind in ("edit", "write") for n in range(4)]
+    result = bench_decoding(
+        lm, half, self_4bit(lm), prompts, gguf=None, new_tokens=8, units_per_kind=1, repeats=2, compile=False
+    )
+    json.dumps(result)
+    assert result["greedy_equal"]
+    assert result["int4_vs_llamacpp"] is None and result["llamacpp"] == "the model is no .gguf file"
+    drafts = {row["draft"] for row in result["rows"] if row["engine"] == "llmlab"}
+    assert drafts == {"", "lookup", "self-4bit", "lookup, self-4bit"}
+    assert {row["engine"] for row in result["rows"]} == {"llmlab", "transformers"}
+    assert {row["batch"] for row in result["rows"]} == {1, 4}  # four prompts a kind make no batch of 8
+    for row in result["rows"]:
+        assert row["kind"] in ("edit", "write", "all")
+        assert 0 < row["tokens_per_s_low"] <= row["tokens_per_s"] <= row["tokens_per_s_high"] * 1.001
+        assert row["seconds_first_token"] > 0
+        assert row["equal_to_reference"] == (row["first_difference"] is None)
+    for name in ("plain_speedup_vs_transformers", "lookup_speedup_vs_plain", "self_draft_speedup", "cost_model_error"):
+        assert result[name] > 0
+    assert decoding_measurement(result).n == 8
+
+
+def test_the_first_difference_is_found_with_its_gap(tiny_folders):
+    lm = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
+    right, wrong = (Decoder(engine, "", "fp32", lambda prompts: None, lm) for engine in ("right", "wrong"))
+    unit = Unit("edit", [[5, 6]], {})
+    ids = llmlab.generate(lm, ["x"], max_new_tokens=3).completions[0].ids
+    unit.runs = {right.name: [Run([ids], 2, 1.0, 1.0)], wrong.name: [Run([[ids[0], 7, 9]], 2, 1.0, 1.0)]}
+    found = _difference(unit, wrong.name, right)
+    assert (found["position"], found["expected"], found["found"]) == (1, ids[1], 7)
+    logits = lm.model(torch.tensor([[5, 6, ids[0]]])).logits[0, -1]
+    assert found["logit_gap"] == pytest.approx(float(logits[ids[1]] - logits[7]), abs=1e-4)
+    assert _difference(unit, right.name, right) is None

@@ -125,13 +125,18 @@ class Tally:
         return 1 + self.accepted / self.rows if self.rows else 1.0
 
     @property
-    def predicted_tokens_per_second(self) -> float:
-        """Of the whole run: E(a, k) tokens for each row and pass, with the measured acceptance of each draft."""
+    def expected(self) -> float:
+        """Tokens that E(a, k) gives for each row and pass, with the measured acceptance of each draft."""
         tokens = 0.0
         for (source, depth), count in self.depths.items():
             hits, trials = self.by_source.get(source, (0, 0))
             tokens += count * (expected_tokens(hits / trials, depth) if trials else 1.0)
-        return tokens / self.seconds if self.seconds else 0.0
+        return tokens
+
+    @property
+    def predicted_tokens_per_second(self) -> float:
+        """Of the whole run."""
+        return self.expected / self.seconds if self.seconds else 0.0
 
     @property
     def predicted_speedup(self) -> float:

@@ -53,6 +53,10 @@ class Draft(Protocol):
     name: str
     free: bool  # whether proposing costs next to nothing
 
+    @property
+    def engine(self) -> Engine | None:
+        """The model that drafts, if one does."""
+
     def begin(self, target: Engine, prompts: list[list[int]], room: int) -> None:
         """Get ready for a batch; `room` tokens a row at most, drafted ones included."""
 
@@ -76,6 +80,7 @@ class PromptLookup:
     """
 
     name, free = "lookup", True
+    engine: Engine | None = None
 
     def __init__(self, longest: int = 4, shortest: int = 2, branches: int = 1) -> None:
         if not 1 <= shortest <= longest or branches < 1:
@@ -210,14 +215,10 @@ class ModelDraft:
             self.engine.cache.lengths[row] = same
             self.held[row] = list(ids)
             fresh.append(ids[same:])
-        # All but the last fresh token are read first, so that every row drafts behind one token.
-        if max(map(len, fresh)) > 1:
-            self.engine.forward([ids[:-1] for ids in fresh], last=True)
-            self.engine.keep([list(range(len(ids) - 1)) for ids in fresh])
-        found = _chain(self.engine, [ids[-1:] for ids in fresh], k, sampling, self.name)
+        found = _chain(self.engine, fresh, k, sampling, self.name, keep=True)
         for row, proposal in enumerate(found):
             # What was drafted behind the context stands in the cache, its last token excepted.
-            self.engine.cache.lengths[row] += len(proposal.tokens)
+            self.engine.cache.lengths[row] += len(proposal.tokens) - 1
             self.held[row] = self.held[row] + proposal.tokens[:-1]
         return found
 
@@ -231,11 +232,20 @@ class ModelDraft:
         return self.engine.seconds(1)
 
 
-def _chain(engine: Engine, last: list[list[int]], k: int, sampling: Sampling, name: str) -> list[Proposal]:
-    """Draft k tokens a row, each pass ahead of what the cache keeps."""
-    tokens, drafted, probs = last, [], []
-    for step in range(k):
-        logits = engine.forward(tokens, ahead=step)[:, -1]  # [batch, vocabulary]
+def _chain(
+    engine: Engine, fresh: list[list[int]], k: int, sampling: Sampling, name: str, *, keep: bool = False
+) -> list[Proposal]:
+    """Draft k tokens behind each row's fresh ones, which stay in the cache if `keep`, a pass a token."""
+    tokens, ahead = fresh, 0
+    drafted: list[torch.Tensor] = []
+    probs: list[torch.Tensor] = []
+    for _ in range(k):
+        logits = engine.forward(tokens, ahead=ahead)  # [batch, width, vocabulary]
+        logits = logits[torch.arange(len(tokens)), [len(ids) - 1 for ids in tokens]]  # [batch, vocabulary]
+        if keep and not drafted:
+            engine.keep([list(range(len(ids))) for ids in tokens])
+        else:
+            ahead += 1
         if sampling.temperature == 0:
             picked = logits.argmax(dim=-1)
         else:
@@ -244,8 +254,6 @@ def _chain(engine: Engine, last: list[list[int]], k: int, sampling: Sampling, na
             picked = torch.multinomial(distribution, 1, generator=sampling.generator).squeeze(-1)
         drafted.append(picked)
         tokens = [[token] for token in picked.tolist()]
-    if not drafted:
-        return [Proposal(source=name) for _ in last]
     columns = torch.stack(drafted, dim=1).tolist()  # [batch][k]
     by_row = torch.stack(probs, dim=1) if probs else None  # [batch, k, vocabulary]
     parents = list(range(-1, k - 1))

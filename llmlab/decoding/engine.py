@@ -11,106 +11,22 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
 
 from llmlab.decoding import fewrows
 from llmlab.decoding.attend import attend
-from llmlab.decoding.record import record, recordable, scripted
+from llmlab.decoding.cache import NAME, Cache, Pass
+from llmlab.decoding.record import compiled, record, recordable, scripted
 from llmlab.errors import InputError
 from llmlab.model import LM
 
-NAME = "llmlab_cache"
 CHUNK = 512  # tokens of a prompt that go through the model at once
 WIDTHS = (1, 2, 3, 5, 9, 17)  # of a pass; others are padded to the next one, so that few shapes are recorded
-RECORD = 3  # passes of one shape before it is recorded
-
-
-class Cache:
-    """Static buffers for keys and values: [rows, kv_heads, capacity, d] a layer, made when a layer first writes.
-
-    `batch` rows are in use, the first ones; `lengths`: tokens held by each.
-    """
-
-    def __init__(self, rows: int, capacity: int) -> None:
-        self.rows, self.capacity = rows, capacity
-        self.buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.clear(rows)
-
-    def clear(self, batch: int) -> None:
-        """Begin anew with `batch` empty rows."""
-        self.batch, self.lengths = batch, [0] * batch
-
-    def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer in the rows in use; `like` is what comes in, [batch, kv_heads, width, d]."""
-        if index not in self.buffers:
-            shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
-            self.buffers[index] = (like.new_zeros(shape), like.new_zeros(shape))
-        keys, values = self.buffers[index]
-        return keys[: self.batch], values[: self.batch]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(t.nbytes for pair in self.buffers.values() for t in pair)
-
-    def move(self, row: int, sources: list[int], to: int) -> None:
-        """Put the tokens in slots `sources` of a row into the slots from `to` on."""
-        index = torch.tensor(sources)
-        for keys, values in self.buffers.values():
-            keys[row, :, to : to + len(sources)] = keys[row, :, index]
-            values[row, :, to : to + len(sources)] = values[row, :, index]
-
-    def select(self, rows: list[int]) -> None:
-        """Keep these rows alone."""
-        for keys, values in self.buffers.values():
-            keys[: len(rows)], values[: len(rows)] = keys[rows], values[rows]
-        self.lengths = [self.lengths[row] for row in rows]
-        self.batch = len(rows)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What attention needs to know of one forward pass.
-
-    Attributes:
-        cache: the buffers.
-        start: first slot written, [] on CPU, where it is the same for all rows; else None.
-        slots: [batch, width], the slot of each token, where they differ; else None.
-        mask: [batch, 1, groups * width, seen], True where a token (below one another: the query heads of a KV head)
-            sees a slot; None if every token sees all slots up to its own.
-        attend: `attend`, or its recording.
-    """
-
-    cache: Cache
-    start: torch.Tensor | None
-    slots: torch.Tensor | None
-    mask: torch.Tensor | None
-    attend: Callable[..., torch.Tensor]
-
-
-def cached_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    one: Pass,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: [batch, heads, width, d] queries to [batch, width, heads, d]."""
-    keys, values = one.cache.layer(module.layer_idx, key)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return one.attend(query, key, value, keys, values, one.start, one.slots, one.mask, scale), None
-
-
-AttentionInterface.register(NAME, cached_attention)
+RECORD = 2  # passes of one shape before it is recorded
 
 
 class Engine:
@@ -121,11 +37,16 @@ class Engine:
         cache_of: share this engine's cache: a draft that is a cheaper version of the same model reads the keys and
             values of the exact one, and needs no prefill of its own.
         layers: use the first N decoder layers alone.
+        compile: let torch.compile make the passes of a few tokens (CUDA graphs on a GPU, inductor on CPU): the first
+            pass of each shape takes up to a minute. By default they are recorded on CPU, which is faster there (see
+            `record`), and run as they are on a GPU.
 
     Raises InputError for models whose layers see a part of the past only (sliding windows).
     """
 
-    def __init__(self, lm: LM, *, cache_of: Engine | None = None, layers: int | None = None) -> None:
+    def __init__(
+        self, lm: LM, *, cache_of: Engine | None = None, layers: int | None = None, compile: bool = False
+    ) -> None:
         config = copy.copy(lm.model.config)
         if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
             raise InputError(f"{lm.name} attends within windows of {config.sliding_window} tokens: not supported.")
@@ -137,14 +58,16 @@ class Engine:
                 module.__dict__["config"] = config
         if layers is not None:
             _shorten(self.model, layers)
-        fewrows.prepare(self.model, lm.model.dtype)
+        fewrows.prepare(self.model, lm.model.dtype, pack=not compile)
         self.groups = config.num_attention_heads // (
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         )
         self.device = lm.device
         self.owner = cache_of
+        self.widths = WIDTHS if cache_of is None else WIDTHS[:1]  # a draft on another's cache goes token by token
         self.cache = Cache(0, 0)
-        self.seconds_recording = 0.0  # spent on recording passes, to be told apart from decoding
+        self.seconds_recording = 0.0  # spent on recording or compiling, to be told apart from decoding
+        self.compile = compile
         self._recordable = recordable(self.model)
         self._recorded_for: Cache | None = None
         self._replays: dict[Any, Callable[..., torch.Tensor]] = {}  # by shape
@@ -201,17 +124,18 @@ class Engine:
             return self._run(tensors)
         at = torch.tensor([max(0, len(ids) - 1) for ids in tokens])
         keep, where = torch.unique(at, return_inverse=True)
-        return self._forward(*tensors, attend, keep.to(self.device))[torch.arange(len(tokens)), where]
+        return self._forward(attend, *tensors, logits_to_keep=keep.to(self.device))[torch.arange(len(tokens)), where]
 
     def _forward(
         self,
+        attention: Callable[..., torch.Tensor],
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         start: torch.Tensor | None,
         slots: torch.Tensor | None,
         mask: torch.Tensor | None,
-        attention: Callable[..., torch.Tensor],
-        logits_to_keep: Any = 0,
+        *,
+        logits_to_keep: int | torch.Tensor = 0,
     ) -> torch.Tensor:
         one = Pass(self.held, start, slots, mask, attention)
         output = self.model(
@@ -227,14 +151,16 @@ class Engine:
         shape = (tensors[0].shape, tensors[2] is None, tensors[4] is None)
         if shape in self._replays:
             return self._replays[shape](*tensors)
+        logits = self._forward(attend, *tensors)
         self._uses[shape] = self._uses.get(shape, 0) + 1
-        if not self._recordable or self._uses[shape] != RECORD:
-            return self._forward(*tensors, attend)
-        begin = time.perf_counter()
-        replay, logits = record(self.model, lambda *now: self._forward(*now, scripted(attend)), tensors)
-        if replay is not None:
-            self._replays[shape] = replay
-        self.seconds_recording += time.perf_counter() - begin
+        if (self.compile or self._recordable) and self._uses[shape] == RECORD:
+            begin = time.perf_counter()
+            if self.compile:
+                replay = compiled(partial(self._forward, attend), tensors, logits)
+            else:
+                replay = record(self.model, partial(self._forward, scripted(attend)), tensors, logits)
+            self._replays[shape] = replay or partial(self._forward, attend)
+            self.seconds_recording += time.perf_counter() - begin
         return logits
 
     def _tensors(
@@ -250,17 +176,18 @@ class Engine:
         seen = max(past) + width
         if seen > cache.capacity:
             raise InputError(f"{seen} tokens do not fit a cache of {cache.capacity}: start it larger.")
+        fixed = self.compile and pad  # a compiled pass reads the whole cache: its shapes never change
         input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in tokens])
         self._pending = [[n + i for i in range(width)] for n in past]
-        even = len(set(past)) == 1
-        if even and width == 1:
+        alone = cache.batch == 1 and not fixed  # a row alone needs no slots, and one token of it no mask
+        if alone and width == 1:
             positions, mask = torch.tensor([[n] for n in past]), None
         else:
-            positions, mask = self._visible(past, width, seen, parents)
+            positions, mask = self._visible(past, width, cache.capacity if fixed else seen, parents)
         # Padding, and drafts that reach beyond the end, are not kept: their positions only have to exist.
         positions = positions.clamp_(max=self.lm.card.context_length - 1)
-        start = torch.tensor(past[0]) if even else None
-        slots = None if even else (torch.tensor(past)[:, None] + torch.arange(width)).to(device)
+        start = torch.tensor(past[0]) if alone else None
+        slots = None if alone else (torch.tensor(past)[:, None] + torch.arange(width)).to(device)
         return input_ids.to(device), positions.to(device), start, slots, None if mask is None else mask.to(device)
 
     def _visible(
@@ -312,15 +239,18 @@ class Engine:
         if larger:
             return self._seconds[min(larger)], cache.batch / min(larger)
         lengths, longest = cache.lengths, max(cache.lengths)
-        cache.lengths = [max(longest, min(cache.capacity // 2, cache.capacity - WIDTHS[-1]))] * cache.batch
-        widths = [w for w in WIDTHS if cache.lengths[0] + w <= cache.capacity]
+        most = max(longest, min(cache.capacity // 2, cache.capacity - WIDTHS[-1]))
+        cache.lengths = [
+            max(1, most - row % 2) for row in range(cache.batch)
+        ]  # rows differ in length, as they do later
+        widths = [w for w in self.widths if most + w <= cache.capacity]
         runs: dict[int, list[float]] = {w: [] for w in widths}
-        for turn in range(repeats + 1):
+        for turn in range(RECORD + 1 + repeats):
             for width in widths:
                 begin = time.perf_counter()
                 self.forward([[0] * width] * cache.batch)
                 _wait(self.device)
-                if turn:  # the first is a warm-up
+                if turn > RECORD:  # those before are warm-ups, and record the passes
                     runs[width].append(time.perf_counter() - begin)
         cache.lengths = lengths
         found = {w: statistics.median(r) for w, r in runs.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,115 +11,11 @@ import torch
 from llmlab.decoding.cost import Tally
 from llmlab.decoding.drafts import Draft, Sampling, as_draft
 from llmlab.decoding.engine import Engine
-from llmlab.decoding.speculative import Step, decode
+from llmlab.decoding.result import Completion, GenerateResult
+from llmlab.decoding.speculative import Step, decode, room_for
 from llmlab.errors import InputError
 from llmlab.model import LM
 from llmlab.progress import progress
-from llmlab.stats import Metric
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What followed one prompt.
-
-    `ids` are without the end token; `stopped` tells whether an end token or a stop string ended it; `steps` what each
-    pass drafted and what was accepted.
-    """
-
-    prompt: str
-    text: str
-    ids: list[int]
-    stopped: bool
-    steps: list[Step] = field(default_factory=list, repr=False)
-
-
-@dataclass(frozen=True)
-class GenerateResult:
-    """Completions of N prompts and where the time went.
-
-    Attributes:
-        completions: in the order of the prompts.
-        prompt_tokens: tokens of all prompts.
-        new_tokens: tokens produced, counted from ids; end tokens count, tokens after them do not.
-        decoded_tokens: those of them that decode steps produced; prefill produced the first one of each prompt.
-        seconds_prefill: all prefills; each also yields the first token.
-        seconds_decode: all decode steps.
-        seconds_first_token: median over batches of the time from prompt to first token.
-        draft: what drafted tokens; empty for plain decoding.
-        speculation: what was drafted and accepted, and what the cost model says; None for plain decoding.
-    """
-
-    completions: list[Completion]
-    prompt_tokens: int
-    new_tokens: int
-    decoded_tokens: int
-    seconds_prefill: float
-    seconds_decode: float
-    seconds_first_token: float
-    seconds_total: float
-    temperature: float
-    top_p: float
-    batch_size: int
-    seed: int
-    draft: str = ""
-    speculation: Tally | None = None
-    task: str = "generate"
-    data: str = "prompts"
-
-    @property
-    def n(self) -> int:
-        """Number of prompts."""
-        return len(self.completions)
-
-    @property
-    def texts(self) -> list[str]:
-        """The completions' texts."""
-        return [c.text for c in self.completions]
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Tokens from decode steps over their time, all rows of a batch together (0 if there was no step)."""
-        return self.decoded_tokens / self.seconds_decode if self.decoded_tokens else 0.0
-
-    @property
-    def protocol(self) -> str:
-        """How the numbers came about, in one line."""
-        how = "greedy" if self.temperature == 0 else f"temperature {self.temperature}, top-p {self.top_p}"
-        drafting = f", draft: {self.draft}" if self.draft else ""
-        return f"{how}, batch size {self.batch_size}, static KV cache{drafting}, tokens counted from ids"
-
-    def metrics(self) -> dict[str, Metric]:
-        """The measurements with their units, for a Record."""
-        found = {}
-        if self.speculation:
-            found = {
-                "acceptance_rate": Metric(self.speculation.acceptance_rate),
-                "tokens_per_pass": Metric(self.speculation.tokens_per_pass, "token"),
-                "predicted_tokens_per_second": Metric(self.speculation.predicted_tokens_per_second, "token/s"),
-            }
-        return {
-            "decode_tokens_per_second": Metric(self.decode_tokens_per_second, "token/s"),
-            "prefill_tokens_per_second": Metric(self.prompt_tokens / self.seconds_prefill, "token/s"),
-            "seconds_first_token": Metric(self.seconds_first_token, "s"),
-            "seconds_total": Metric(self.seconds_total, "s"),
-            "new_tokens": Metric(self.new_tokens, "token"),
-        } | found
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        completions = [
-            {"prompt": c.prompt, "text": c.text, "ids": c.ids, "stopped": c.stopped} for c in self.completions
-        ]
-        return {
-            "task": self.task,
-            "n": self.n,
-            "prompt_tokens": self.prompt_tokens,
-            **{name: metric.value for name, metric in self.metrics().items()},
-            "seconds_prefill": self.seconds_prefill,
-            "seconds_decode": self.seconds_decode,
-            "protocol": self.protocol,
-            "completions": completions,
-        }
 
 
 def generate(
@@ -168,10 +63,10 @@ def generate(
     engine = engine or Engine(lm)
     sampling = Sampling(temperature, top_p, torch.Generator(device=lm.device).manual_seed(seed))
     ends, tally = end_tokens(lm), Tally()
-    if drafts:  # what passes cost is measured before the clock runs
-        room = max(map(len, encoded)) + max_new_tokens + 64
-        engine.start(min(batch_size, len(prompts)), room)
-        engine.profile()
+    now = time.perf_counter()
+    if drafts:
+        warm_up(engine, drafts, min(batch_size, len(prompts)), room_for(encoded, max_new_tokens, k))
+    seconds_warmup = time.perf_counter() - now
     produced: list[list[int]] = []
     steps: list[list[Step]] = []
     prefills, decodes = [], []
@@ -180,7 +75,7 @@ def generate(
             batch = encoded[first : first + batch_size]
             rows: list[list[int]] = [[] for _ in batch]
             history: list[list[Step]] = [[] for _ in batch]
-            now = time.perf_counter()
+            now, recording = time.perf_counter(), _recording(engine, drafts)
             passes = decode(
                 engine, batch, max_new_tokens=max_new_tokens, sampling=sampling,
                 finished=ending(lm, ends, stop or []), drafts=drafts, k=k, tally=tally,
@@ -192,7 +87,9 @@ def generate(
                 for row, step in found.items():
                     rows[row] += step.tokens
                     history[row].append(step)
-            decodes.append(time.perf_counter() - now)
+            recording = _recording(engine, drafts) - recording
+            seconds_warmup += recording
+            decodes.append(time.perf_counter() - now - recording)
             produced += rows
             steps += history
             bar.update(len(rows))
@@ -209,6 +106,7 @@ def generate(
         seconds_prefill=sum(prefills),
         seconds_decode=sum(decodes),
         seconds_first_token=sorted(prefills)[len(prefills) // 2],
+        seconds_warmup=seconds_warmup,
         seconds_total=time.perf_counter() - begin,
         temperature=temperature,
         top_p=top_p,
@@ -217,6 +115,19 @@ def generate(
         draft=", then ".join(one.name for one in drafts),
         speculation=tally if drafts else None,
     )
+
+
+def warm_up(engine: Engine, drafts: list[Draft], batch: int, room: int) -> None:
+    """Measure (and so record) the passes of a model and its drafts, before a clock runs; the cost model needs them."""
+    engine.start(batch, room)
+    engine.profile()
+    for draft in drafts:
+        draft.begin(engine, [[0]] * batch, room)
+        draft.seconds()
+
+
+def _recording(engine: Engine, drafts: list[Draft]) -> float:
+    return engine.seconds_recording + sum(d.engine.seconds_recording for d in drafts if d.engine)
 
 
 def stream(lm: LM, prompt: str, **options: Any) -> Iterator[str]:

@@ -117,7 +117,7 @@ def decode(
     Raises NumericalError if logits are not finite.
     """
     drafts, tally = drafts or [], tally or Tally()
-    room = max(map(len, prompts)) + max_new_tokens + (k or MOST) * 4 + 2
+    room = room_for(prompts, max_new_tokens, k)
     engine.start(len(prompts), room)
     pace = Pace(engine, drafts, k, len(prompts))
     produced: list[list[int]] = [[] for _ in prompts]
@@ -177,6 +177,11 @@ def decode(
         pace.tally(tally, [(proposals[place], found[rows[place]]) for place in still])
         still = take(found)
         yield found
+
+
+def room_for(prompts: list[list[int]], max_new_tokens: int, k: int | None) -> int:
+    """Tokens that a row of the cache must hold: prompt, new tokens and a tree of drafted ones."""
+    return max(map(len, prompts)) + max_new_tokens + (MOST if k is None else k) * 4 + 2
 
 
 def _finite(logits: torch.Tensor, engine: Engine) -> torch.Tensor:

@@ -1,0 +1,101 @@
+"""A static KV cache, and the attention that writes into it and reads from it.
+
+Buffers of a fixed size, so that every decode step runs the same operations on the same memory and can be recorded or
+compiled. Nothing that a pass writes is kept until the engine says so: a rejected draft costs no copying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+NAME = "llmlab_cache"
+
+
+class Cache:
+    """Static buffers for keys and values: [rows, kv_heads, capacity, d] a layer, made when a layer first writes.
+
+    `batch` rows are in use, the first ones; `lengths`: tokens held by each.
+    """
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
+        self.buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.clear(rows)
+
+    def clear(self, batch: int) -> None:
+        """Begin anew with `batch` empty rows."""
+        self.batch, self.lengths = batch, [0] * batch
+
+    def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer in the rows in use; `like` is what comes in, [batch, kv_heads, width, d]."""
+        if index not in self.buffers:
+            shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
+            self.buffers[index] = (like.new_zeros(shape), like.new_zeros(shape))
+        keys, values = self.buffers[index]
+        return keys[: self.batch], values[: self.batch]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(t.nbytes for pair in self.buffers.values() for t in pair)
+
+    @torch.inference_mode()
+    def move(self, row: int, sources: list[int], to: int) -> None:
+        """Put the tokens in slots `sources` of a row into the slots from `to` on."""
+        index = torch.tensor(sources)
+        for keys, values in self.buffers.values():
+            keys[row, :, to : to + len(sources)] = keys[row, :, index]
+            values[row, :, to : to + len(sources)] = values[row, :, index]
+
+    @torch.inference_mode()
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows alone."""
+        for keys, values in self.buffers.values():
+            keys[: len(rows)], values[: len(rows)] = keys[rows], values[rows]
+        self.lengths = [self.lengths[row] for row in rows]
+        self.batch = len(rows)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What attention needs to know of one forward pass.
+
+    Attributes:
+        cache: the buffers.
+        start: first slot written, [] on CPU, for a row alone; else None.
+        slots: [batch, width], the slot of each token, for several rows; else None.
+        mask: [batch, 1, groups * width, seen], True where a token (below one another: the query heads of a KV head)
+            sees a slot; None if every token sees all slots up to its own.
+        attend: `attend`, or its recording.
+    """
+
+    cache: Cache
+    start: torch.Tensor | None
+    slots: torch.Tensor | None
+    mask: torch.Tensor | None
+    attend: Callable[..., torch.Tensor]
+
+
+def cached_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    one: Pass,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: [batch, heads, width, d] queries to [batch, width, heads, d]."""
+    keys, values = one.cache.layer(module.layer_idx, key)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return one.attend(query, key, value, keys, values, one.start, one.slots, one.mask, scale), None
+
+
+AttentionInterface.register(NAME, cached_attention)

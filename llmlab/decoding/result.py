@@ -1,0 +1,118 @@
+"""What generate() returns: completions, where the time went, what speculation did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmlab.decoding.cost import Tally
+from llmlab.decoding.speculative import Step
+from llmlab.stats import Metric
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What followed one prompt.
+
+    `ids` are without the end token; `stopped` tells whether an end token or a stop string ended it; `steps` what each
+    pass drafted and what was accepted.
+    """
+
+    prompt: str
+    text: str
+    ids: list[int]
+    stopped: bool
+    steps: list[Step] = field(default_factory=list, repr=False)
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """Completions of N prompts and where the time went.
+
+    Attributes:
+        completions: in the order of the prompts.
+        prompt_tokens: tokens of all prompts.
+        new_tokens: tokens produced, counted from ids; end tokens count, tokens after them do not.
+        decoded_tokens: those of them that decode steps produced; prefill produced the first one of each prompt.
+        seconds_prefill: all prefills; each also yields the first token.
+        seconds_decode: all decode steps.
+        seconds_first_token: median over batches of the time from prompt to first token.
+        seconds_warmup: measuring, recording and compiling passes; not in the other times but the total.
+        draft: what drafted tokens; empty for plain decoding.
+        speculation: what was drafted and accepted, and what the cost model says; None for plain decoding.
+    """
+
+    completions: list[Completion]
+    prompt_tokens: int
+    new_tokens: int
+    decoded_tokens: int
+    seconds_prefill: float
+    seconds_decode: float
+    seconds_first_token: float
+    seconds_warmup: float
+    seconds_total: float
+    temperature: float
+    top_p: float
+    batch_size: int
+    seed: int
+    draft: str = ""
+    speculation: Tally | None = None
+    task: str = "generate"
+    data: str = "prompts"
+
+    @property
+    def n(self) -> int:
+        """Number of prompts."""
+        return len(self.completions)
+
+    @property
+    def texts(self) -> list[str]:
+        """The completions' texts."""
+        return [c.text for c in self.completions]
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens from decode steps over their time, all rows of a batch together (0 if there was no step)."""
+        return self.decoded_tokens / self.seconds_decode if self.decoded_tokens else 0.0
+
+    @property
+    def protocol(self) -> str:
+        """How the numbers came about, in one line."""
+        how = "greedy" if self.temperature == 0 else f"temperature {self.temperature}, top-p {self.top_p}"
+        drafting = f", draft: {self.draft}" if self.draft else ""
+        return f"{how}, batch size {self.batch_size}, static KV cache{drafting}, tokens counted from ids"
+
+    def metrics(self) -> dict[str, Metric]:
+        """The measurements with their units, for a Record."""
+        found = {}
+        if self.speculation:
+            found = {
+                "acceptance_rate": Metric(self.speculation.acceptance_rate),
+                "tokens_per_pass": Metric(self.speculation.tokens_per_pass, "token"),
+                "predicted_tokens_per_second": Metric(self.speculation.predicted_tokens_per_second, "token/s"),
+                "predicted_speedup": Metric(self.speculation.predicted_speedup, "x"),
+            }
+        return {
+            "decode_tokens_per_second": Metric(self.decode_tokens_per_second, "token/s"),
+            "prefill_tokens_per_second": Metric(self.prompt_tokens / self.seconds_prefill, "token/s"),
+            "seconds_first_token": Metric(self.seconds_first_token, "s"),
+            "seconds_warmup": Metric(self.seconds_warmup, "s"),
+            "seconds_total": Metric(self.seconds_total, "s"),
+            "new_tokens": Metric(self.new_tokens, "token"),
+        } | found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        completions = [
+            {"prompt": c.prompt, "text": c.text, "ids": c.ids, "stopped": c.stopped} for c in self.completions
+        ]
+        return {
+            "task": self.task,
+            "n": self.n,
+            "prompt_tokens": self.prompt_tokens,
+            **{name: metric.value for name, metric in self.metrics().items()},
+            "seconds_prefill": self.seconds_prefill,
+            "seconds_decode": self.seconds_decode,
+            "protocol": self.protocol,
+            "completions": completions,
+        }

@@ -1,0 +1,55 @@
+"""The cost model by hand."""
+
+import pytest
+
+from llmlab.decoding.cost import Rate, Tally, best_depth, best_k, expected_tokens, speedup
+
+
+def test_expected_tokens_is_leviathans_equation_1():
+    assert expected_tokens(0.0, 5) == 1
+    assert expected_tokens(1.0, 5) == 6
+    assert expected_tokens(0.8, 3) == pytest.approx(1 + 0.8 + 0.64 + 0.512)
+
+
+def test_speedup_counts_the_draft_and_the_wider_pass():
+    # 2 tokens drafted at 1 s each, verified in 5 s; plain decoding takes 4 s a token.
+    assert speedup(0.5, 2, lambda width: 4.0 if width == 1 else 5.0, 1.0) == pytest.approx(1.75 * 4 / 7)
+
+
+def test_k_is_zero_where_nothing_pays_and_large_where_all_is_accepted():
+    assert best_k(0.9, lambda width: float(width), 0.5, 8) == 0  # verifying costs as much as decoding
+    assert best_k(0.3, lambda width: 1.0, 0.5, 8) == 0
+    assert best_k(1.0, lambda width: 1.0, 0.0, 8) == 8
+
+
+def test_the_depth_of_a_batch_serves_all_its_rows():
+    flat = best_depth([0.9, 0.1], [4, 4], lambda d: 1 + d, lambda width: 1.0, 0.0)
+    assert flat[0] == 4
+    steep = best_depth([0.1, 0.1], [4, 4], lambda d: 1 + d, lambda width: float(width), 0.0)
+    assert steep[0] == 0
+    assert best_depth([0.9], [0], lambda d: 1, lambda width: 1.0, 0.0)[0] == 0
+
+
+def test_a_rate_follows_what_it_sees():
+    rate = Rate(prior=0.5)
+    assert rate.value == 0.5
+    for _ in range(20):
+        rate.observe(4, 4)
+    assert rate.value > 0.9
+    for _ in range(40):
+        rate.observe(0, 1)
+    assert rate.value < 0.5
+
+
+def test_a_tally_predicts_what_it_counted():
+    tally = Tally()
+    for accepted in (2, 2, 1, 0):
+        tally.observe("draft", 2, 2, accepted, accepted + (accepted < 2))
+        tally.passes += 1
+        tally.seconds += 2.0
+        tally.plain_seconds += 1.0
+    assert tally.acceptance_rate == pytest.approx(5 / 7)
+    assert tally.tokens_per_pass == pytest.approx(1 + 5 / 4)
+    assert tally.predicted_tokens_per_second == pytest.approx(expected_tokens(5 / 7, 2) * 4 / 8)
+    assert tally.predicted_speedup == pytest.approx(expected_tokens(5 / 7, 2) / 2)
+    assert Tally().predicted_speedup == 1.0

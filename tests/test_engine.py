@@ -1,0 +1,115 @@
+"""The engine's passes equal transformers', whatever their shape, and keep what they are told to keep."""
+
+import pytest
+import torch
+
+import llmlab
+from llmlab import InputError
+from llmlab.decoding.engine import RECORD, Engine
+from llmlab.quantization.grid import Scheme
+from llmlab.quantization.linear import QuantLinear
+
+PAST = [[5, 17, 99, 4], [200, 7], [31, 8, 1000, 12, 77]]
+
+
+def plain(lm, ids):
+    """transformers' logits behind each token."""
+    with torch.inference_mode():
+        return lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def started(lm, rows, **options):
+    engine = Engine(lm, **options)
+    engine.start(len(rows), 64)
+    return engine, engine.prefill(rows)
+
+
+def test_prefill_and_chains_of_ragged_rows_equal_transformers(tiny):
+    engine, logits = started(tiny, PAST)
+    for row, ids in enumerate(PAST):
+        assert torch.allclose(logits[row], plain(tiny, ids)[-1], atol=1e-4)
+    more = [[3, 9], [4], [6, 10, 2]]
+    found = engine.forward(more)
+    for row, (past, ids) in enumerate(zip(PAST, more, strict=True)):
+        assert torch.allclose(found[row, : len(ids)], plain(tiny, past + ids)[len(past) :], atol=1e-4)
+
+
+def test_a_long_prompt_is_read_in_chunks(tiny, monkeypatch):
+    monkeypatch.setattr("llmlab.decoding.engine.CHUNK", 3)
+    _, logits = started(tiny, PAST)
+    for row, ids in enumerate(PAST):
+        assert torch.allclose(logits[row], plain(tiny, ids)[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": True}], ids=["recorded", "compiled"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_trees_see_their_ancestors_alone_and_kept_branches_stay(tiny_folders, rows, options):
+    lm = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
+    past = PAST[:rows]
+    engine, _ = started(lm, past, **options)
+    # Behind the past: 50 and 60 side by side; 51 and 52 below 50, 61 below 60, 53 below 52.
+    tokens, parents = [50, 60, 51, 52, 61, 53], [-1, -1, 0, 0, 1, 3]
+    branches = {0: [50], 1: [60], 2: [50, 51], 3: [50, 52], 4: [60, 61], 5: [50, 52, 53]}
+    for _ in range(RECORD + 2):  # eager, recorded, replayed
+        found = engine.forward([tokens] * rows, [parents] * rows)
+        for row, ids in enumerate(past):
+            for node, branch in branches.items():
+                assert torch.allclose(found[row, node], plain(lm, ids + branch)[-1], atol=1e-4)
+    assert len(engine._replays) == 1
+    engine.keep([[0, 3, 5]] * rows)  # the branch 50, 52, 53
+    after = engine.forward([[70]] * rows)
+    for row, ids in enumerate(past):
+        assert torch.allclose(after[row, 0], plain(lm, [*ids, 50, 52, 53, 70])[-1], atol=1e-4)
+
+
+def test_rows_that_end_leave_the_others_as_they_are(tiny):
+    engine, _ = started(tiny, PAST)
+    engine.cache.select([0, 2])
+    found = engine.forward([[9], [9]])
+    for place, row in enumerate((0, 2)):
+        assert torch.allclose(found[place, 0], plain(tiny, [*PAST[row], 9])[-1], atol=1e-4)
+
+
+def test_a_replay_gives_the_same_numbers_to_the_bit(smollm2):
+    engine, _ = started(smollm2, [[5, 17, 99, 4]])
+    runs = [engine.forward([[11, 12]]) for _ in range(RECORD + 3)]
+    assert engine._replays and engine.seconds_recording > 0
+    assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_with_joined_matrices_decode_like_themselves(smollm2, bits):
+    scheme = Scheme(4, 64, search=False) if bits == 4 else Scheme(8, -1, symmetric=True, search=False)
+    quantized = llmlab.with_dtype(llmlab.quantize(smollm2, method="rtn", scheme=scheme), "bf16")
+    engine, logits = started(quantized, [[5, 17, 99, 4, 120, 3]])
+    joined = [m for m in engine.model.modules() if isinstance(m, QuantLinear)]
+    assert len(joined) < 7 * smollm2.card.layers  # q, k, v are one matrix, gate and up another
+    expected = plain(quantized, [5, 17, 99, 4, 120, 3])[-1]
+    assert torch.nn.functional.cosine_similarity(logits[0].float(), expected.float(), dim=0) > 0.999
+    assert logits[0].argmax() == expected.argmax()
+
+
+def test_the_profile_keeps_nothing_and_rises_with_the_width(tiny):
+    engine, _ = started(tiny, PAST)
+    before = list(engine.cache.lengths)
+    found = engine.profile()
+    assert engine.cache.lengths == before
+    assert list(found.values()) == sorted(found.values())
+    assert engine.seconds(4) == pytest.approx((found[3] + found[5]) / 2)
+    engine.cache.select([0])
+    assert engine.seconds(1) <= found[1]  # fewer rows, less work
+
+
+def test_a_cache_that_is_full_says_so(tiny):
+    engine = Engine(tiny)
+    engine.start(1, 10)
+    engine.prefill([[1] * 128])  # capacities are rounded up
+    with pytest.raises(InputError, match="129 tokens do not fit a cache of 128"):
+        engine.forward([[1]])
+
+
+def test_sliding_windows_are_refused(tiny_folders):
+    lm = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
+    lm.model.config.sliding_window = 8
+    with pytest.raises(InputError, match="windows of 8 tokens"):
+        Engine(lm)
