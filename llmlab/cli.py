@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmlab.cli_bench import bench, challenge, quantize
+from llmlab.cli_compare import compare
 from llmlab.errors import InputError
 from llmlab.options import (
     BatchSize,
@@ -266,6 +267,7 @@ def report(
 
 app.command(epilog="Example: llmlab quantize --calibration text.txt --output checkpoints/q4")(quantize)
 app.command(epilog="Example: llmlab challenge --model smollm2 --data everyday --json out.json")(challenge)
+app.command(epilog="Example: llmlab compare data/reference data/runs --json changes.json")(compare)
 app.add_typer(bench, name="bench")
 
 

@@ -108,4 +108,8 @@ def doctor_table(found: dict[str, Any]) -> Table:
     for kernel in found["kernels"]:
         usable = kernel["usable"]
         row(kernel["kernel"], f"{'usable' if usable else 'no'}: {kernel['reason']}", "green" if usable else "yellow")
+    for energy in found["energy"]:
+        usable = energy["usable"]
+        answer = "measured" if usable else "not measured here"
+        row(energy["device"], f"{answer}: {energy['reason']}", "green" if usable else "yellow")
     return table

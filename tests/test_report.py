@@ -1,16 +1,24 @@
+import json
+import shlex
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from bs4 import BeautifulSoup
+from conftest import CHECKOUT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from llmlab import InputError
-from llmlab.lab.report import check_parameters, find_notebooks, report
+from llmlab.lab.pages import sanitized, write_challenge_page
+from llmlab.lab.redraw import FIGURES, redraw, roofline
+from llmlab.lab.report import check_parameters, command, find_notebooks, report
+from llmlab.measure.challenge import Submission
+from llmlab.measure.record import Record
 
 
-def write(folder, name, *cells, parameters="x = 1  # a number"):
-    notebook = new_notebook(cells=[new_markdown_cell(f"# About {name}")])
+def write(folder, name, *cells, parameters="x = 1  # a number", title=None):
+    notebook = new_notebook(cells=[new_markdown_cell(f"# {title or f'About {name}'}")])
     if parameters is not None:
         notebook.cells.append(new_code_cell(parameters, metadata={"tags": ["parameters"]}))
     notebook.cells += [new_code_cell(source) for source in cells]
@@ -104,3 +112,141 @@ def test_the_command_says_by_its_status_that_a_notebook_failed(home, monkeypatch
     assert stop.value.code == 1
     assert "on purpose" in capsys.readouterr().out
     assert (home / "out" / "index.html").exists()
+
+
+RECORD = """
+from llmlab import Metric
+from llmlab.measure.record import Record, append
+append(Record(task="everyday", metrics={"seconds": Metric(2.0, "s"), "acc": Metric(0.3, "", 0.2, 0.4)}, n=4,
+    model="m", revision=None, transformation="gptq-4bit", dtype="bf16", device="cpu", threads=2, track="open",
+    protocol="p", data="d"))
+"""
+
+
+def test_figures_and_records_belong_to_the_notebook_that_wrote_them(home):
+    (home / "figures").mkdir()
+    (home / "figures" / "old.png").write_bytes(b"from another day")
+    first = write(home / "notebooks", "00_draws", FIGURE, RECORD)
+    second = write(home / "notebooks", "01_draws_too", FIGURE.replace('"line"', '"other"'))
+    elsewhere = write(home, "mine", "x")
+    runs = report([first, second, elsewhere], output=home / "report", parameters={"x": 7})
+    assert [run.figures for run in runs] == [["line"], ["other"], []]
+    assert [[record["model"] for record in run.records] for run in runs] == [["m"], [], []]
+    assert runs[2].command == f"llmlab report {elsewhere} -p x=7"
+    index = BeautifulSoup((home / "report" / "index.html").read_text(), "html.parser")
+    line, other = index.select("figure")
+    assert line.pre.text == "llmlab report 00_draws -p x=7"
+    assert other.pre.text == "llmlab report 01_draws_too -p x=7"
+    assert line.img["src"].startswith("data:image/png;base64,")
+    (row,) = [row for row in index.select("tr") if "gptq-4bit" in row.text]
+    assert [item.text for item in row.select("dl div")] == ["acc0.3 [0.2, 0.4]", "seconds2 s"]
+    for cell in index.select("td a, figure a"):
+        assert (home / "report" / cell["href"]).is_file()
+
+
+def test_the_command_gives_parameters_back_as_they_were(home):
+    given = {"limit": 40, "dtypes": ["fp32", "bf16"], "name": "40", "text": "it's <b>", "none": None, "share": 0.5}
+    parts = shlex.split(command(["05"], given))
+    assert parts[:3] == ["llmlab", "report", "05"]
+    read = {}
+    for name, value in (pair.split("=", 1) for pair in parts[4::2]):  # as -p reads them
+        try:
+            read[name] = json.loads(value)
+        except ValueError:
+            read[name] = value
+    assert read == given
+
+
+def test_a_pdf_without_a_browser_is_refused_before_anything_runs(home, monkeypatch):
+    path = write(home / "notebooks", "00_fine", "x")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(InputError, match="a PDF needs Chromium or Chrome"):
+        report([path], output=home / "report", pdf=True)
+    assert not (home / "report").exists()
+
+
+def attack(number):
+    """Sets a global of the page if any of it is taken for markup that runs."""
+    return f"<script>window.hit = {number}</script><img src=x onerror='window.hit = {number}'>"
+
+
+HOSTILE = """
+import sys
+import matplotlib.pyplot as plt
+import pandas as pd
+from IPython.display import HTML, Markdown, display
+from llmlab import Metric
+from llmlab.lab import figures
+from llmlab.measure.record import Record, append
+
+def attack(number):
+    return f"<script>window.hit = {number}</script><img src=x onerror='window.hit = {number}'>"
+
+pd.options.display.max_colwidth = None
+print(attack(1))
+print(attack(2), file=sys.stderr)
+display(pd.DataFrame({attack(3): [attack(4)]}))
+display(attack(5))
+display(Markdown(attack(6)))
+append(Record(task=attack(7), metrics={attack(8): Metric(1.0, attack(9))}, n=1, model=attack(10), revision=None,
+    transformation=attack(11), dtype=attack(12), device="cpu", threads=1, track="open", protocol="p", data="d"))
+figure, axes = plt.subplots()
+display(figures.show(figure, "hostile", attack(13)))
+raise RuntimeError(attack(14))
+"""
+
+
+def hostile_report(folder):
+    """Markup in everything that a report shows; returns its pages."""
+    path = write(folder / "notebooks", "00_hostile", HOSTILE, title=attack(15))
+    (run,) = report([path], output=folder / "report", parameters={"x": attack(16)})
+    assert "RuntimeError" in run.error
+    submission = Submission(
+        model=attack(17), layers=2, n=1, accuracy={}, tokens_full=2, tokens=1, flops=1, seconds_load=1.0,
+        seconds_inference=1.0, seconds_total=2.0, synthetic=True, result=None,
+    )  # fmt: skip
+    record = Record(
+        task="challenge", metrics={}, n=1, model=attack(17), revision=attack(18), transformation="none", dtype="fp32",
+        device="cpu", threads=1, track="exact", protocol="p", data="d",
+    )  # fmt: skip
+    write_challenge_page(submission, record, folder / "report")
+    return [folder / "report" / name for name in ("index.html", "00_hostile.html", "challenge.html")]
+
+
+def test_markup_in_what_is_shown_is_text(home):
+    index, notebook, challenge = (BeautifulSoup(page.read_text(), "html.parser") for page in hostile_report(home))
+    for page, numbers in (
+        (index, (7, 8, 9, 10, 11, 12, 13, 14, 15, 16)),
+        (notebook, (1, 2, 3, 4, 5, 14, 16)),
+        (challenge, (17, 18)),
+    ):
+        assert not page.find_all("script")
+        assert not [tag for tag in page.find_all(True) if any(name.startswith("on") for name in tag.attrs)]
+        assert "default-src 'none'" in page.find("meta", {"http-equiv": "Content-Security-Policy"})["content"]
+        for number in numbers:
+            assert attack(number) in page.text, number
+    assert "<script>window.hit = 6</script>" in notebook.text  # Markdown may hold an image, but not its handler
+    assert notebook.find("img", alt=attack(13))
+    assert index.find("img", alt=attack(13))
+
+
+def test_markdown_keeps_its_own_marks():
+    kept = '<h2 id="a">b</h2><p><em>c</em> <a href="d.html">e</a> <img alt="f" src="data:image/png;base64,AA=="></p>'
+    assert sanitized(kept) == kept
+    assert sanitized('<a href="javascript:alert(1)" onclick="alert(2)">x</a>') == "<a>x</a>"
+    assert sanitized("<iframe src=x></iframe>") == "&lt;iframe src=x&gt;&lt;/iframe&gt;"
+
+
+def test_the_readme_figures_are_drawn_again_from_the_reference(tmp_path):
+    drawn = redraw(folder=tmp_path)
+    readme = (CHECKOUT / "README.md").read_text()
+    assert [path.stem for path in drawn] == [name for name, *_ in FIGURES]
+    assert all(f"figures/{path.stem}.png" in readme for path in drawn)
+    assert all(path.stat().st_size > 10_000 and path.with_suffix(".svg").exists() for path in drawn)
+    svg = (tmp_path / "roofline.svg").read_text()
+    assert "fp32: 187 GFLOP/s" in svg
+    assert "memory: 35 GB/s" in svg
+    with pytest.raises(InputError, match="there are no records in"):
+        redraw(reference=tmp_path, folder=tmp_path)
+    with pytest.raises(InputError, match="no record of a phase"):
+        roofline([])

@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-import datetime
-import re
+import json
 import shlex
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import nbformat
 import papermill
-from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
-from PIL import Image
 
 from llmlab.errors import InputError
-from llmlab.measure.challenge import Submission
-from llmlab.measure.environment import cpu_name, git_commit, gpus, hardware, versions
-from llmlab.measure.record import Record
-from llmlab.paths import PACKAGE, atomic, check_writable, home
+from llmlab.lab.pages import render, write_challenge_page, write_index
+from llmlab.lab.pdf import find_chromium, write_pdf
+from llmlab.measure.record import read_records
+from llmlab.paths import atomic, check_writable, home
 
-TEMPLATES = PACKAGE / "lab" / "templates"
+__all__ = ["Run", "check_parameters", "command", "find_notebooks", "report", "run_notebook", "write_challenge_page"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One executed notebook. `page` is its HTML beside the index; `error` is one line if it failed."""
+    """One executed notebook.
+
+    Attributes:
+        name, title: its file name without suffix and its first heading.
+        seconds: that it ran.
+        command: runs it again, alone, with the same parameters.
+        page: its HTML beside the index, if it came so far; error: one line if it failed.
+        figures, records: names of the figures, and the records, that were written while it ran.
+    """
 
     name: str
     title: str
     seconds: float
+    command: str
     parameters: dict[str, Any] = field(default_factory=dict)
     page: str | None = None
     error: str | None = None
+    figures: list[str] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def failed(self) -> bool:
@@ -90,6 +96,7 @@ def report(
     *,
     output: Path,
     parameters: dict[str, Any] | None = None,
+    pdf: bool = False,
     on_start: Callable[[str], None] = lambda name: None,
     on_end: Callable[[Run], None] = lambda run: None,
 ) -> list[Run]:
@@ -101,33 +108,41 @@ def report(
         notebooks: from `find_notebooks`; they run in their own folder.
         output: the report's folder; executed copies go to `output`/notebooks.
         parameters: values for every one of the notebooks; each must have a parameter of each name.
+        pdf: print every page to a PDF beside it as well.
         on_start, on_end: called around each notebook.
 
     Returns:
         One Run per notebook, failed ones included.
 
     Raises:
-        InputError: before the first notebook runs: an unknown parameter, an unreadable notebook, an unwritable folder.
+        InputError: before the first notebook runs: an unknown parameter, an unreadable notebook, an unwritable folder,
+            a PDF without Chromium.
     """
     parameters = parameters or {}
+    chromium = find_chromium() if pdf else None
     for notebook in notebooks:
         check_parameters(notebook, parameters)
     check_writable(output / "notebooks")
     check_writable(home() / "figures")
-    begin = time.time()
+    begin = time.perf_counter()
     runs = []
     for notebook in notebooks:
         on_start(notebook.stem)
         run = run_notebook(notebook, output, parameters)
         runs.append(run)
         on_end(run)
-    write_index(runs, output, seconds=time.time() - begin, since=begin)
+    again = command([_named(notebook) for notebook in notebooks], parameters)
+    index = write_index(runs, output, seconds=time.perf_counter() - begin, command=again)
+    if chromium:
+        for page in [index, *(output / run.page for run in runs if run.page)]:
+            write_pdf(chromium, page)
     return runs
 
 
 def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any]) -> Run:
     """Execute one notebook into `output`/notebooks and render `output`/NAME.html. Its failure is in the Run."""
     executed = output / "notebooks" / notebook.name
+    drawn, recorded = _drawn(), len(read_records())
     begin = time.perf_counter()
     error = None
     try:
@@ -146,84 +161,51 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any]) -> Ru
         error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
     seconds = time.perf_counter() - begin
     page = None
-    source = executed if executed.exists() else notebook
-    content = nbformat.read(source, as_version=4)
+    content = nbformat.read(executed if executed.exists() else notebook, as_version=4)
+    title = _title(content, notebook.stem)
     if executed.exists():
         page = f"{notebook.stem}.html"
         with atomic(output / page) as path:
-            path.write_text(render(content, notebook.stem), encoding="utf-8")
-    return Run(notebook.stem, _title(content, notebook.stem), seconds, parameters, page, error)
-
-
-def render(content: Any, name: str) -> str:
-    """A notebook as one HTML page that asks nothing of the network; outputs are escaped by nbconvert."""
-    for cell in content.cells:
-        if cell.cell_type == "markdown":  # notebooks link to one another; in the report their pages do
-            cell.source = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.html)", cell.source)
-    exporter = HTMLExporter(template_name="llmlab", extra_template_basedirs=[str(TEMPLATES)], embed_images=True)
-    body, _ = exporter.from_notebook_node(content, resources={"metadata": {"name": name}})
-    return str(body)
-
-
-def write_index(runs: Sequence[Run], output: Path, *, seconds: float, since: float) -> Path:
-    """The page that ties the report together: notebooks, figures drawn since `since`, environment, command."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-    page = environment.get_template("report.html.j2").render(
-        runs=runs,
+            path.write_text(render(content, notebook.stem, title), encoding="utf-8")
+    return Run(
+        name=notebook.stem,
+        title=title,
         seconds=seconds,
-        figures=_copy_figures(output, since),
-        environment=_environment_rows(),
-        time=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        command=_command(runs),
+        command=command([_named(notebook)], parameters),
+        parameters=parameters,
+        page=page,
+        error=error,
+        figures=[name for name, written in _drawn().items() if drawn.get(name) != written],
+        records=read_records()[recorded:],
     )
-    with atomic(output / "index.html") as path:
-        path.write_text(page, encoding="utf-8")
-    return output / "index.html"
 
 
-def write_challenge_page(submission: Submission, record: Record, output: Path) -> Path:
-    """One page about one run of the challenge's job: challenge.html in `output`."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-    page = environment.get_template("challenge.html.j2").render(submission=submission, record=record)
-    with atomic(output / "challenge.html") as path:
-        path.write_text(page, encoding="utf-8")
-    return output / "challenge.html"
-
-
-def _copy_figures(output: Path, since: float) -> list[dict[str, str]]:
-    """Copy the figures that this run drew beside the index, so that the folder can be moved."""
-    target = output / "figures"
-    target.mkdir(parents=True, exist_ok=True)
-    found = []
-    for png in sorted((home() / "figures").glob("*.png")):
-        if png.stat().st_mtime < since - 1:
-            continue
-        with Image.open(png) as image:
-            alt = str(image.info.get("Description", png.stem))
-        for file in (png, png.with_suffix(".svg")):
-            shutil.copy2(file, target / file.name)
-        found.append({"png": f"figures/{png.name}", "svg": f"figures/{png.stem}.svg", "alt": alt})
-    return found
-
-
-def _environment_rows() -> list[tuple[str, str]]:
-    machine = hardware()
-    cards = ", ".join(f"{gpu['name']} ({gpu['memory'] / 2**30:.0f} GiB)" for gpu in gpus()) or "none"
-    rows = [
-        ("processor", f"{cpu_name()}, {machine['cores']} cores, {machine['cpu_capability']}"),
-        ("memory", f"{machine['memory'] / 2**30:.1f} GiB"),
-        ("GPUs", cards),
-        ("system", machine["system"]),
-        ("llmlab commit", git_commit() or "not a checkout"),
-    ]
-    return rows + list(versions((*("papermill", "nbconvert"), "torch", "transformers", "numpy")).items())
-
-
-def _command(runs: Sequence[Run]) -> str:
-    parts = ["llmlab", "report", *(run.name for run in runs)]
-    for name, value in (runs[0].parameters if runs else {}).items():
-        parts += ["-p", f"{name}={value}"]
+def command(notebooks: Sequence[str], parameters: Mapping[str, Any]) -> str:
+    """The command line that runs notebooks with parameters and reports on them; it can be pasted into a shell."""
+    parts = ["llmlab", "report", *notebooks]
+    for name, value in parameters.items():
+        parts += ["-p", f"{name}={_as_argument(value)}"]
     return shlex.join(parts)
+
+
+def _as_argument(value: Any) -> str:
+    """A value as -p reads it back: text as it is unless it would be read as JSON, everything else as JSON."""
+    if isinstance(value, str):
+        try:
+            json.loads(value)
+        except ValueError:
+            return value
+    return json.dumps(value)
+
+
+def _named(notebook: Path) -> str:
+    """What `find_notebooks` finds this notebook by: its name if it is one of the lab's, else its path."""
+    return notebook.stem if notebook.resolve().parent == (home() / "notebooks").resolve() else str(notebook)
+
+
+def _drawn() -> dict[str, int]:
+    """The figures that exist now, by name, with when they were written."""
+    return {path.stem: path.stat().st_mtime_ns for path in (home() / "figures").glob("*.png")}
 
 
 def _title(content: Any, name: str) -> str:

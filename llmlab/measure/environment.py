@@ -17,6 +17,7 @@ import torch
 from llmlab import __version__
 from llmlab.errors import InputError
 from llmlab.matmul import onednn_is_faster
+from llmlab.measure.energy import availability
 from llmlab.paths import PACKAGE
 from llmlab.sources import BUILTIN, resolve
 
@@ -114,8 +115,13 @@ def kernels() -> list[tuple[str, bool, str]]:
     ]
 
 
+def energy() -> list[tuple[str, bool, str]]:
+    """Every device whose energy a record can hold: (which, measurable here, by what or why not)."""
+    return [(f"energy, {name}", *availability(torch.device(kind))) for name, kind in (("CPU", "cpu"), ("GPU", "cuda"))]
+
+
 def inventory() -> dict[str, Any]:
-    """Everything a bug report needs, ready for JSON: llmlab, hardware, libraries, built-in model, kernels."""
+    """Everything a bug report needs, ready for JSON: llmlab, hardware, libraries, built-in model, kernels, energy."""
     installed = versions(LIBRARIES + OPTIONAL)
     try:
         model = {"found": True, "where": Path(resolve(BUILTIN).location).name}
@@ -128,6 +134,7 @@ def inventory() -> dict[str, Any]:
         "libraries": {name: installed.get(name) for name in LIBRARIES + OPTIONAL},
         "builtin_model": model,
         "kernels": [{"kernel": what, "usable": usable, "reason": why} for what, usable, why in kernels()],
+        "energy": [{"device": what, "usable": usable, "reason": why} for what, usable, why in energy()],
     }
 
 

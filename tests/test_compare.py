@@ -1,0 +1,201 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import CHECKOUT
+from test_record import make
+
+from llmlab import InputError, Metric
+from llmlab.cli import main
+from llmlab.measure.compare import ENOUGH, compare, direction, holm, pooled
+from llmlab.measure.record import append
+
+
+def store(path, *records):
+    for record in records:
+        append(record, path)
+    return path
+
+
+def one(path, name="seconds", unit="s", value=1.0, half=0.02, **fields):
+    bounds = () if half is None else (value - half, value + half)
+    return store(path, make(metrics={name: Metric(value, unit, *bounds)}, **fields))
+
+
+def verdict(tmp_path, *sides, **fields):
+    paths = [
+        one(tmp_path / f"{label}.jsonl", value=v, half=h, **fields) for label, (v, h) in zip("ab", sides, strict=True)
+    ]
+    (row,) = compare(*paths).to_dict("records")
+    return row
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "after", "expected"),
+    [
+        ("seconds", "s", 1.2, "worse"),
+        ("seconds", "s", 0.8, "better"),
+        ("seconds", "s", 1.02, "within noise"),
+        ("tokens_per_second", "token/s", 1.2, "better"),
+        ("acc_norm", "", 0.8, "worse"),
+        ("joules_per_1000_tokens", "J", 1.2, "worse"),
+        ("best_4bit_over_fp32", "x", 1.2, "worse"),
+        ("speedup_vs_lm_eval", "x", 1.2, "better"),
+        ("my_number", "", 1.2, "changed"),
+    ],
+)
+def test_what_changed_beyond_noise_and_which_way(tmp_path, name, unit, after, expected):
+    row = verdict(tmp_path, (1.0, 0.02), (after, 0.02), name=name, unit=unit)
+    assert row["verdict"] == expected
+    assert row["change"] == pytest.approx(after - 1)
+    assert row["change_low"] < row["change"] < row["change_high"]
+
+
+def test_values_around_zero_are_compared_by_their_difference(tmp_path):
+    row = verdict(tmp_path, (0.01, 0.02), (0.2, 0.02), name="max_abs_delta", unit="nat")
+    assert (row["scale"], row["verdict"]) == ("difference", "worse")
+    assert row["change"] == pytest.approx(0.19)
+    assert row["change_high"] - row["change"] == pytest.approx(0.02 * 2**0.5)
+
+
+def test_a_value_without_an_interval_is_not_judged(tmp_path):
+    assert verdict(tmp_path, (1.0, None), (9.0, 0.1))["verdict"] == "not judged: no interval in A"
+
+
+def test_equal_counts_need_no_interval(tmp_path):
+    assert verdict(tmp_path, (7.0, None), (7.0, None), name="tokens", unit="token")["verdict"] == "equal"
+
+
+def test_several_runs_are_judged_by_their_spread(tmp_path):
+    noise = np.random.default_rng(0).normal(0, 0.02, size=(2, ENOUGH + 1))
+    for label, centre, spread in (("a", 1.0, noise[0]), ("b", 1.3, noise[1])):
+        for extra in spread:
+            one(tmp_path / f"{label}.jsonl", value=centre + extra, half=None)
+    (row,) = compare(tmp_path / "a.jsonl", tmp_path / "b.jsonl").to_dict("records")
+    assert row["verdict"] == "worse"
+    assert row["a"] == pytest.approx(1.0 + np.median(noise[0]))
+    assert row["a_low"] < row["a"] < row["a_high"]
+
+
+def test_pooling_keeps_the_wider_interval():
+    runs = [Metric(value, "s", value - 0.1, value + 0.1) for value in (1.0, 2.0, 3.0)]
+    assert (pooled(runs).value, pooled(runs).low, pooled(runs).high) == (2.0, 1.0, 3.0)
+    alike = pooled([Metric(0.5, "", 0.4, 0.6)] * 6)
+    assert (alike.low, alike.high) == (0.4, 0.6)
+    assert pooled([Metric(1.0), Metric(2.0)]).low is None
+
+
+def test_false_alarms_stay_at_their_level():
+    """200 comparisons of nothing with nothing: the intervals' z-test errs about as often as it says."""
+    rng = np.random.default_rng(1)
+    from llmlab.measure.compare import _change
+
+    a, b = rng.normal(10, 0.1, size=(2, 2000))
+    half = 1.96 * 0.1
+    p = np.array(
+        [
+            _change(Metric(x, "s", x - half, x + half), Metric(y, "s", y - half, y + half))["p"]
+            for x, y in zip(a, b, strict=True)
+        ]
+    )
+    assert 0.035 < (p < 0.05).mean() < 0.065
+
+
+def test_holm_corrects_over_all_metrics():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_names_and_units_say_which_way_is_good():
+    assert direction("seconds_total", "s") == direction("perplexity", "") == direction("bytes", "B") == -1
+    assert direction("questions_per_second", "1/s") == direction("mfu", "") == direction("flops", "FLOP/s") == 1
+    assert direction("decode_speedup_vs_fp32", "x") == direction("bytes_per_second", "B/s") == 1
+    assert direction("intensity", "FLOP/byte") == direction("tokens", "token") == 0
+
+
+def test_other_hardware_versions_and_threads_are_noted(tmp_path):
+    machine = {"cpu": "one", "cpu_capability": "AVX2", "cores": 2, "gpus": [], "system": "Linux"}
+    a = one(tmp_path / "a.jsonl", hardware=machine, libraries={"torch": "2.13.0"}, threads=2)
+    b = one(
+        tmp_path / "b.jsonl",
+        hardware=machine | {"cpu": "two", "gpus": [{"name": "H100"}]},
+        libraries={"torch": "2.14.0"},
+        threads=4,
+    )
+    assert compare(a, a).attrs["notes"] == []
+    assert compare(a, b).attrs["notes"] == [
+        "processor differs: one in A, two in B",
+        "GPUs differs: none in A, H100 in B",
+        "threads differs: 2 in A, 4 in B",
+        "torch differs: 2.13.0 in A, 2.14.0 in B",
+    ]
+
+
+def test_runs_are_matched_by_protocol_where_they_can_be(tmp_path):
+    a = one(tmp_path / "a.jsonl", protocol="shared path, 10 passes")
+    one(a, value=5.0, protocol="reference path, batch size 8")
+    b = one(tmp_path / "b.jsonl", protocol="shared path, 12 passes")
+    same = compare(a, b)
+    assert list(same["verdict"]) == ["within noise"]
+    assert same.attrs["notes"] == []
+    other = one(tmp_path / "c.jsonl", protocol="a third way")
+    (note,) = compare(b, other).attrs["notes"]
+    assert "the protocols differ, 'shared path, 12 passes' in A and 'a third way' in B" in note
+
+
+def test_metrics_and_records_of_one_side_are_said(tmp_path):
+    a = store(tmp_path / "a.jsonl", make(metrics={"acc": Metric(0.5), "old": Metric(1.0)}), make(task="gone"))
+    b = store(tmp_path / "b.jsonl", make(metrics={"acc": Metric(0.5, "%"), "new": Metric(1.0)}), make(task="came"))
+    found = compare(a, b)
+    assert dict(zip(found["metric"], found["verdict"], strict=True)) == {
+        "acc": "not judged: the unit is none in A and % in B",
+        "old": "not judged: only in A",
+        "new": "not judged: only in B",
+    }
+    assert found.attrs["notes"] == [
+        "only in A: gone, m fp32 on cpu, data none, n 3", "only in B: came, m fp32 on cpu, data none, n 3"
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_compared_is_bad_input(tmp_path):
+    a = one(tmp_path / "a.jsonl")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"schema": 1}) + "\n")
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(InputError, match=r"no file or folder .*nothing: give a \.jsonl file"):
+        compare(a, tmp_path / "nothing")
+    with pytest.raises(InputError, match="empty holds no record"):
+        compare(tmp_path / "empty", a)
+    with pytest.raises(InputError, match="holds lines that are no records"):
+        compare(a, tmp_path / "bad.jsonl")
+    with pytest.raises(InputError, match=r"no file of a command's --json"):
+        compare(a, tmp_path / "bad.json")
+    other = one(tmp_path / "b.jsonl", dtype="bf16")
+    with pytest.raises(InputError, match=r"no record in common .*A has \(test, m fp32 on cpu.*; B has \(test, m bf16"):
+        compare(a, other)
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["llmlab", "compare", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code or 0
+
+
+def test_the_command_says_by_its_status_that_something_is_worse(tmp_path, monkeypatch, capsys):
+    before, after = tmp_path / "before", one(tmp_path / "after.jsonl", value=1.5)
+    one(before / "records.jsonl")
+    assert run(monkeypatch, before, after, "--json", tmp_path / "out.json") == 1
+    assert "worse" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "out.json").read_text())["changes"]
+    assert (row["metric"], row["verdict"]) == ("seconds", "worse")
+    assert run(monkeypatch, after, before) == 0
+    assert run(monkeypatch, after, tmp_path / "none") == 2
+    assert "no file or folder" in capsys.readouterr().err
+
+
+def test_the_reference_is_equal_to_itself():
+    found = compare(*[CHECKOUT / "data" / "reference" / "cpu-2-cores.jsonl"] * 2)
+    assert set(found["verdict"]) <= {"equal", "within noise"}
