@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from llmlab.card import ModelCard as ModelCard
     from llmlab.data import Prompt as Prompt
     from llmlab.data import Question as Question
+    from llmlab.decoding.drafts import ModelDraft as ModelDraft
+    from llmlab.decoding.drafts import PromptLookup as PromptLookup
+    from llmlab.decoding.drafts import SelfDraft as SelfDraft
+    from llmlab.decoding.engine import Engine as Engine
     from llmlab.decoding.generate import generate as generate
+    from llmlab.decoding.generate import stream as stream
+    from llmlab.drafting import self_4bit as self_4bit
     from llmlab.errors import InputError as InputError
     from llmlab.errors import NumericalError as NumericalError
     from llmlab.errors import RankError as RankError
@@ -42,13 +48,16 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 # Where each public name lives; imported on first use, so that `llmlab --help` does not wait for torch.
 _HOME = {
+    "Engine": "llmlab.decoding.engine",
     "LM": "llmlab.model",
     "InputError": "llmlab.errors",
     "Measurement": "llmlab.measure.record",
     "Metric": "llmlab.stats",
     "ModelCard": "llmlab.card",
+    "ModelDraft": "llmlab.decoding.drafts",
     "NumericalError": "llmlab.errors",
     "Prompt": "llmlab.data",
+    "PromptLookup": "llmlab.decoding.drafts",
     "Question": "llmlab.data",
     "generate": "llmlab.decoding.generate",
     "load": "llmlab.loading",
@@ -60,6 +69,9 @@ _HOME = {
     "ranks": "llmlab.sharded",
     "records": "llmlab.measure.record",
     "score": "llmlab.scoring.score",
+    "self_4bit": "llmlab.drafting",
+    "SelfDraft": "llmlab.decoding.drafts",
+    "stream": "llmlab.decoding.generate",
     "with_dtype": "llmlab.quantization.linear",
 }
 __all__ = [*sorted(_HOME), "__version__", "data", "record"]

@@ -54,8 +54,7 @@ def drafts(smollm2, packed, tiny_folders):
     }
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("k", [None, 4])
+@pytest.mark.parametrize("k, batch_size", [(4, 1), (None, 3)])
 @pytest.mark.parametrize("name", ["lookup", "tree", "self-4bit", "exit", "model", "itself", "cascade"])
 def test_greedy_ids_are_those_of_plain_decoding(smollm2, engine, plain, drafts, name, k, batch_size):
     result = llmlab.generate(
@@ -205,11 +204,11 @@ def test_sampling_with_drafts_repeats_with_the_seed_and_runs_in_batches(smollm2,
     assert all(draw(1, 1))
 
 
-def test_it_stops_speculating_where_that_does_not_pay(smollm2, engine, tiny_folders):
-    stranger = ModelDraft(llmlab.load(str(tiny_folders["llama"]), dtype="fp32"))  # random weights: never right
-    result = llmlab.generate(smollm2, PROMPTS[1:2], max_new_tokens=64, draft=stranger, engine=engine)
-    assert result.speculation.acceptance_rate < 0.2
-    assert result.speculation.drafted < 32  # of the 64 x 8 that a fixed k = 8 would have drafted
+def test_it_stops_speculating_where_that_does_not_pay(smollm2, engine):
+    early = SelfDraft(smollm2, layers=20)  # costs two thirds of the model and, untrained, is nearly never right
+    result = llmlab.generate(smollm2, PROMPTS[1:2], max_new_tokens=64, draft=early, engine=engine)
+    assert result.speculation.acceptance_rate < 0.3
+    assert result.speculation.drafted < 24  # of the 64 x 8 that a fixed k = 8 would have drafted
 
 
 def test_stop_strings_may_span_tokens(smollm2, engine):
@@ -239,13 +238,13 @@ def test_a_stream_is_the_completion_in_pieces(smollm2, engine, draft):
     assert "".join(held_back) == whole[: whole.index(whole[4:8])]
 
 
-def test_an_end_token_among_accepted_ones_ends_the_row(smollm2, engine, plain):
+def test_an_end_token_among_accepted_ones_ends_the_row(smollm2, engine, plain, drafts):
     ending = copy.copy(smollm2.model.generation_config)
     ending.eos_token_id = plain[0][3]
     kept, smollm2.model.generation_config = smollm2.model.generation_config, ending
     try:
         result = llmlab.generate(
-            smollm2, PROMPTS[:1], max_new_tokens=24, draft=ModelDraft(smollm2), k=8, engine=engine
+            smollm2, PROMPTS[:1], max_new_tokens=24, draft=drafts["itself"], k=4, engine=engine
         ).completions[0]
     finally:
         smollm2.model.generation_config = kept

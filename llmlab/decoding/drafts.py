@@ -287,7 +287,7 @@ def check_tokenizers(target: LM, draft: LM) -> None:
         return
     token = min(
         (t for t in one.keys() | other.keys() if one.get(t) != other.get(t)),
-        key=lambda t: min(one.get(t, 1 << 40), other.get(t, 1 << 40)),
+        key=lambda t: (min(one.get(t, 1 << 40), other.get(t, 1 << 40)), one.get(t, 1 << 40)),
     )
     raise InputError(
         f"{draft.name} cannot draft for {target.name}: the token {token!r} is number {one.get(token, 'none')} in one "

@@ -133,7 +133,7 @@ def bench_decoding(
     for decoders in single.values():
         # The first: transformers' plain greedy decoding, or where it has none ours.
         for decoder in decoders:
-            rows += _rows(decoder, one, 1, decoders[0], bandwidth, next(d for d in decoders if d.plain))
+            rows += compare_rows(decoder, one, 1, decoders[0], bandwidth, next(d for d in decoders if d.plain))
     for batch in BATCHES:
         work = units(lm, prompts, batch, 1, new_tokens)
         if not work:
@@ -141,7 +141,7 @@ def bench_decoding(
         several = [own(exact, new_tokens), own(exact, new_tokens, "lookup")]
         run_all(several, work, repeats)
         for decoder in several:
-            rows += _rows(decoder, work, batch, several[0], bandwidth, several[0])
+            rows += compare_rows(decoder, work, batch, several[0], bandwidth, several[0])
     for row in rows:
         on_row(row)
     found = {
@@ -155,10 +155,19 @@ def bench_decoding(
     return found | summary(rows, lm.dtype, half.dtype)
 
 
-def _rows(
+def compare_rows(
     decoder: Decoder, work: Sequence[Unit], batch: int, reference: Decoder, bandwidth: float, plain: Decoder
 ) -> list[dict[str, Any]]:
-    """One row a kind and one for all of them."""
+    """What a decoder did, a row for each kind and one for all of them.
+
+    Args:
+        decoder: it has run `work`, as have the two others.
+        work: the units.
+        batch: prompts in each.
+        reference: whose ids count as right.
+        bandwidth: bytes/s of this device, for MBU.
+        plain: the baseline of speed-ups.
+    """
     kinds = list(dict.fromkeys(unit.kind for unit in work))
     return [
         _row(decoder, [u for u in work if kind in ("all", u.kind)], kind, batch, reference, bandwidth, plain)
@@ -189,6 +198,8 @@ def _row(
         "tokens_per_s_high": max(speeds),
         "seconds_first_token": statistics.median(r.seconds_first for u in work for r in u.runs[name]),
         "speedup_vs_plain": speed / base,
+        "speedup_low": min(speeds) / base,
+        "speedup_high": max(speeds) / base,
     }
     if decoder.plain and decoder.bytes_per_pass:
         row["mbu"] = decoder.bytes_per_pass * speed / batch / bandwidth

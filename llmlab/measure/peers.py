@@ -21,7 +21,7 @@ HOURS = 3600.0
 
 
 def missing(peer: str) -> str | None:
-    """Why a peer ("gptqmodel", "autogptq") cannot be called here, and what to run; None if it can."""
+    """Why a peer ("gptqmodel", "autogptq", "llamacpp") cannot be called here, and what to run; None if it can."""
     if not _worker(peer).exists():
         return f"{peer} is called from a checkout of llmlab: clone it and run make peers."
     if not _python(peer).exists():
@@ -33,7 +33,7 @@ def call(peer: str, request: dict[str, Any], *, timeout: float = 2 * HOURS) -> d
     """Send one request to a peer and return its answer.
 
     Args:
-        peer: "gptqmodel" or "autogptq".
+        peer: "gptqmodel", "autogptq" or "llamacpp".
         request: see the peer's worker.
         timeout: seconds.
 
@@ -51,7 +51,8 @@ def call(peer: str, request: dict[str, Any], *, timeout: float = 2 * HOURS) -> d
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"{peer} did not answer within {timeout:.0f} s.") from None
     lines = done.stdout.strip().splitlines()
-    answer: dict[str, Any] = json.loads(lines[-1]) if lines else {"error": done.stderr.strip()[-1000:]}
+    died = f"it ended with status {done.returncode}: {done.stderr.strip()[-1000:] or 'without a word'}"
+    answer: dict[str, Any] = json.loads(lines[-1]) if lines else {"error": died}
     if "error" in answer:
         raise RuntimeError(f"{peer} failed on {request.get('job')}: {answer['error']}")
     return answer

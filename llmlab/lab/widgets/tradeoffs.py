@@ -1,0 +1,126 @@
+"""The trade-off explorer: any two metrics of records against each other, filtered, within a budget."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ipywidgets
+import pandas as pd
+
+from llmlab.errors import InputError
+from llmlab.lab import tradeoff_figures as trade
+from llmlab.lab.widgets.svg import inline
+from llmlab.lab.widgets.view import DESCRIBED, WIDE, Twin, View
+
+FILTERS = ("task", "model", "transformation", "dtype", "device")
+QUALITY = ("acc_norm", "acc", "perplexity")
+LOSSES = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+
+
+def tradeoff_explorer(
+    frame: pd.DataFrame, *, x: str | None = None, y: str | None = None, name: str = "trade_offs"
+) -> View:
+    """Records over two metrics with their Pareto front; the mouse over a point shows its record.
+
+    Controls: `x` and `y`, the metrics; `x_budget` and `y_budget`, how much worse than the best a record may be; and
+    a filter for each of task, model, transformation, dtype and device in which the records differ.
+
+    Args:
+        frame: records as from `llmlab.records()`; a point needs both metrics in one row.
+        x, y: the metrics to begin with; by default quality upwards and the first metric that goes with it.
+        name: of the figure that stands in for the widget.
+
+    Raises InputError for an unknown metric or records that have no two metrics in one row.
+    """
+    known = trade.metrics(frame)
+    for metric in (x, y):
+        if metric is not None and metric not in known:
+            raise InputError(f"unknown metric {metric!r}: the records have {', '.join(known) or 'none'}.")
+    x, y = _first_pair(frame, known, x, y)
+
+    def make() -> dict[str, Any]:
+        controls = {
+            axis: ipywidgets.Dropdown(options=known, value=metric, description=axis, layout=WIDE)
+            for axis, metric in (("x", x), ("y", y))
+        }
+        losses = [(f"{loss * 100:g} %", loss) for loss in LOSSES]
+        for axis in ("x", "y"):
+            controls[f"{axis}_budget"] = ipywidgets.SelectionSlider(
+                options=[*losses, ("any", math.inf)], value=math.inf, description=f"{axis} worse than best by at most",
+                style=DESCRIBED, layout=ipywidgets.Layout(width="400px"),
+            )  # fmt: skip
+        for column in FILTERS:
+            values = sorted(map(str, frame[column].dropna().unique())) if column in frame else []
+            if len(values) > 1:
+                controls[column] = ipywidgets.Dropdown(
+                    options=["all", *values], description=column, style=DESCRIBED, layout=WIDE
+                )
+        return controls
+
+    def draw(x: str, y: str, x_budget: float, y_budget: float, **filters: str) -> str:
+        chosen = frame
+        for column, value in filters.items():
+            chosen = chosen if value == "all" else chosen[chosen[column].astype(str) == value]
+        records = trade.with_both(chosen, x, y)
+        losses = {m: loss for m, loss in ((x, x_budget), (y, y_budget)) if loss < math.inf}
+        budgets = {metric: trade.worst_allowed(records, metric, loss) for metric, loss in losses.items()}
+        front, inside = trade.pareto(records, x, y), trade.within(records, budgets)
+        figure = trade.pareto_front(records, x, y, _title(records, x, y), budgets)
+        labels = trade.names(records)
+        hover = {f"record-{place}": _record(records, place, labels[place]) for place in range(len(records))}
+        table = pd.DataFrame(
+            [
+                {"record": labels[place], **{m.replace("_", " "): _value(records, place, m) for m in (x, y)}}
+                for place in records[front & inside].sort_values(x).index
+            ]
+        )
+        counted = f"<p>{inside.sum()} of {len(records)} records within the budget. Of these, on the front:</p>"
+        return inline(figure, _alt(records, x, y), hover) + counted + _table(table)
+
+    whole = trade.with_both(frame, x, y)
+    twin = Twin(name, _alt(whole, x, y), lambda: trade.pareto_front(whole, x, y, _title(whole, x, y)))
+    return View(make, draw, [twin])
+
+
+def _first_pair(frame: pd.DataFrame, known: list[str], x: str | None, y: str | None) -> tuple[str, str]:
+    """The metrics asked for, or the first two that stand in one row: quality upwards, something with a unit below."""
+    units = frame.attrs.get("units", {})
+    upwards = [m for m in QUALITY if m in known] + [m for m in known if m not in QUALITY]
+    below = sorted(known, key=lambda m: (m in QUALITY, not units.get(m)))
+    for second in [y] if y else upwards:
+        for first in [x] if x else below:
+            if first != second and (frame[first].notna() & frame[second].notna()).any():
+                return first, second
+    raise InputError("no record has two metrics to compare: join the records of one combination into one row.")
+
+
+def _title(records: pd.DataFrame, x: str, y: str) -> str:
+    count = int(trade.pareto(records, x, y).sum())
+    return f"{y.replace('_', ' ')} against {x.replace('_', ' ')}: {count} of {len(records)} on the Pareto front"
+
+
+def _alt(records: pd.DataFrame, x: str, y: str) -> str:
+    front, labels = trade.pareto(records, x, y), trade.names(records)
+    best = "; ".join(labels[place] for place in records[front].sort_values(x).index)
+    return f"{trade.label(records, y)} over {trade.label(records, x)} of {len(records)} records. Not dominated: {best}."
+
+
+def _value(records: pd.DataFrame, place: int, metric: str) -> str:
+    row, unit = records.iloc[place], records.attrs.get("units", {}).get(metric, "")
+    spread = ""
+    if pd.notna(row.get(f"{metric}_low")):
+        spread = f" [{row[f'{metric}_low']:.4g}, {row[f'{metric}_high']:.4g}]"
+    return f"{row[metric]:.4g}{spread} {unit}".strip()
+
+
+def _record(records: pd.DataFrame, place: int, name: str) -> str:
+    """A record in lines: its name, its metrics, how it was made."""
+    row, known = records.iloc[place], trade.metrics(records)
+    measured = [f"{metric}: {_value(records, place, metric)}" for metric in known if pd.notna(row[metric])]
+    about = ("model", "transformation", "dtype", "device", "n", "protocol", "time", "id")
+    return "\n".join([name, *measured, *(f"{c}: {row[c]}" for c in about if c in row and pd.notna(row[c]))])
+
+
+def _table(table: pd.DataFrame) -> str:
+    return table.to_html(index=False, escape=True, border=0, justify="left") if len(table) else ""
