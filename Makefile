@@ -40,6 +40,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/llmlab doctor
 
 BUILD_llamacpp := scikit-build-core cmake
+# Without the cache: pip would take what was built with other CMAKE_ARGS.
+FLAGS_llamacpp := --no-cache-dir
 
 peers: .peers/gptqmodel/.installed .peers/autogptq/.installed .peers/llamacpp/.installed  ## libraries whose pins conflict, in .peers/
 
@@ -47,7 +49,7 @@ peers: .peers/gptqmodel/.installed .peers/autogptq/.installed .peers/llamacpp/.i
 	@echo "== llmlab: building the peer $* in .peers/$* (a minute or two; llamacpp ten)"
 	@$(PYTHON) -m venv .peers/$*
 	@.peers/$*/bin/python -m pip install -qq --disable-pip-version-check setuptools==84.2.1 wheel packaging ninja $(BUILD_$*)
-	@.peers/$*/bin/python -m pip install -qq --disable-pip-version-check --no-build-isolation -r peers/$*.txt
+	@.peers/$*/bin/python -m pip install -qq --disable-pip-version-check --no-build-isolation $(FLAGS_$*) -r peers/$*.txt
 	@touch $@
 
 notebooks: $(STAMP)  ## execute the committed notebooks in place; progress bars keep their last line alone
