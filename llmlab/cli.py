@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from llmlab.cli_bench import bench, challenge, quantize
 from llmlab.cli_compare import compare
+from llmlab.cli_lab import report, sweep
 from llmlab.errors import InputError
 from llmlab.options import (
     BatchSize,
@@ -25,13 +25,13 @@ from llmlab.options import (
     check_outputs,
     finish,
     load_model,
+    measuring,
     read_rows,
 )
-from llmlab.paths import home
 from llmlab.terminal import check_file, console, doctor_table, plan_table, print_metrics, write_json
 
 if TYPE_CHECKING:
-    from llmlab.lab.report import Run
+    from llmlab.decoding.drafts import Draft
     from llmlab.model import LM
 
 app = typer.Typer(
@@ -59,6 +59,7 @@ def score(
 ) -> None:
     """Score multiple-choice questions: acc, acc_norm (per character) and acc_norm_token (per token)."""
     check_outputs(json_file)
+    from llmlab.measure.energy import joules_per_1000_tokens
     from llmlab.scoring.encode import encode
     from llmlab.scoring.score import check_options
     from llmlab.scoring.score import score as run
@@ -70,10 +71,11 @@ def score(
         encode(lm, questions)
 
     lm, seconds_load = load_model(model, dtype, device, bitsandbytes, revision, trust_remote_code, fits)
-    result = run(lm, questions, method=method, batch_size=batch_size)
+    result, energy = measuring(lambda: run(lm, questions, method=method, batch_size=batch_size), lm)
     result = replace(result, seconds_total=seconds_load + result.seconds_total)
     print_metrics(f"{lm.name} on {result.n} questions of {result.task}", result.metrics(), result.protocol)
-    finish(lm, result, {"seconds_load": seconds_load}, json_file)
+    joules = joules_per_1000_tokens(energy, result.tokens)
+    finish(lm, result, {"seconds_load": seconds_load}, json_file, joules_per_1000_tokens=joules)
 
 
 @app.command(epilog="Example: llmlab perplexity --model smollm2 --text book.txt --context 512 --json out.json")
@@ -139,6 +141,7 @@ def generate(
     from llmlab import data as sources
     from llmlab.decoding.generate import check_settings, encode_prompts
     from llmlab.decoding.generate import generate as run
+    from llmlab.measure.energy import joules_per_1000_tokens
 
     if prompt and prompts:
         raise InputError("give --prompt or --prompts, not both.")
@@ -151,7 +154,8 @@ def generate(
         encode_prompts(lm, texts, max_new_tokens=max_new_tokens, chat=chat)
 
     lm, seconds_load = load_model(model, dtype, device, bitsandbytes, revision, trust_remote_code, fits)
-    drafts, engine = [], None
+    drafts: list[Draft] = []
+    engine = None
     if draft is not None:
         from llmlab.decoding.engine import Engine
         from llmlab.drafting import forecast, named_drafts
@@ -160,27 +164,19 @@ def generate(
             drafts, engine = named_drafts(lm, draft), Engine(lm)
             lines = forecast(engine, drafts, batch_size)
         console.print(lines, highlight=False, markup=False)
-    result = run(
-        lm,
-        texts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        batch_size=batch_size,
-        chat=chat,
-        stop=stop,
-        draft=list(drafts),
-        k=k,
-        engine=engine,
-    )
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed,
+        "batch_size": batch_size, "chat": chat, "stop": stop, "draft": drafts, "k": k, "engine": engine,
+    }  # fmt: skip
+    result, energy = measuring(lambda: run(lm, texts, **options), lm)
     result = replace(result, seconds_total=seconds_load + result.seconds_total)
     for completion in result.completions:
         console.rule(style="dim")
         console.print(completion.prompt, style="dim", markup=False, highlight=False)
         console.print(completion.text, markup=False, highlight=False)
     print_metrics(f"{lm.name}, {result.n} prompts", result.metrics(), result.protocol)
-    finish(lm, result, {"seconds_load": seconds_load}, json_file)
+    joules = joules_per_1000_tokens(energy, result.prompt_tokens + result.new_tokens)
+    finish(lm, result, {"seconds_load": seconds_load}, json_file, joules_per_1000_tokens=joules)
 
 
 @app.command(epilog="Example: llmlab plan --model opt-30b --devices 4 --memory 32GiB")
@@ -229,42 +225,8 @@ def plan(
     write_json(json_file, plans[0].as_dict() | {"plans": [each.as_dict() for each in plans]})
 
 
-@app.command(epilog="Example: llmlab report 00_start_here -p limit=20 --output report")
-def report(
-    notebooks: Annotated[list[str] | None, typer.Argument(help="Names, numbers or paths; by default all.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the report; by default report/.")] = None,
-    parameter: Annotated[
-        list[str] | None, typer.Option("--parameter", "-p", help="NAME=VALUE (JSON or text) for the notebooks.")
-    ] = None,
-    json_file: Json = None,
-) -> None:
-    """Run notebooks with papermill and render them to HTML with an index page. Status 1 if a notebook failed."""
-    check_file(json_file)
-    try:
-        from llmlab.lab import report as lab
-    except ModuleNotFoundError as error:
-        raise InputError(f"the report needs the package {error.name}: run pip install 'llmlab[demo]'.") from None
-
-    values = _parameters(parameter or [])
-    chosen = lab.find_notebooks(notebooks or [])
-    folder = output or home() / "report"
-
-    def start(name: str) -> None:
-        console.print(f"running   {name} ...", highlight=False)
-
-    def end(run: Run) -> None:
-        state = f"[red]failed[/red]    {run.name}" if run.failed else f"[green]finished[/green]  {run.name}"
-        console.print(f"{state} in {run.seconds:.1f} s", highlight=False)
-        if run.error:
-            console.print(f"          {run.error}", markup=False, highlight=False)
-
-    runs = lab.report(chosen, output=folder, parameters=values, on_start=start, on_end=end)
-    console.print(f"report:   {folder / 'index.html'}", highlight=False, soft_wrap=True)
-    write_json(json_file, {"index": str(folder / "index.html"), "runs": [vars(run) for run in runs]})
-    if any(run.failed for run in runs):
-        raise typer.Exit(1)
-
-
+app.command(epilog="Example: llmlab report 00_start_here -p limit=20 --output report")(report)
+app.command(epilog="Example: llmlab sweep grid.yaml --json out.json")(sweep)
 app.command(epilog="Example: llmlab quantize --calibration text.txt --output checkpoints/q4")(quantize)
 app.command(epilog="Example: llmlab challenge --model smollm2 --data everyday --json out.json")(challenge)
 app.command(epilog="Example: llmlab compare data/reference data/runs --json changes.json")(compare)
@@ -301,19 +263,6 @@ def main() -> None:
 def _complain(sentence: str, status: int) -> int:
     print(f"llmlab: {sentence}", file=sys.stderr)
     return status
-
-
-def _parameters(pairs: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not name or not equals:
-            raise InputError(f"parameter {pair!r}: write NAME=VALUE.")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
 
 
 if __name__ == "__main__":

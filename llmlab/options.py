@@ -13,6 +13,7 @@ from llmlab.terminal import check_file, console, write_json
 
 if TYPE_CHECKING:
     from llmlab.data import Question
+    from llmlab.measure.energy import Energy
     from llmlab.model import LM
 
 Model = Annotated[str, typer.Option(help="smollm2 (built in), a Hub id, a folder, a .gguf file or random:SHAPE.")]
@@ -68,6 +69,16 @@ def load_model(
             check=check,
         )
     return lm, time.perf_counter() - begin
+
+
+def measuring(run: Callable[[], Any], lm: LM) -> tuple[Any, Energy]:
+    """What `run` returns, and the energy that it took on the model's device, where that can be measured."""
+    from llmlab.measure.energy import measure_energy
+
+    found: list[Any] = []
+    energy = measure_energy(lambda: found.append(run()), lm.device)
+    console.print(f"energy: {energy}", highlight=False, markup=False)
+    return found[0], energy
 
 
 def finish(lm: LM, result: Any, extra: dict[str, Any], json_file: Path | None, **how: Any) -> None:

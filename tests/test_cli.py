@@ -76,6 +76,23 @@ def test_generate(run, tmp_path):
     assert result["new_tokens"] == 4
 
 
+def test_generate_with_a_draft_writes_the_same_ids(run, tiny_folders, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"a b a b a {n}", "kind": "edit"}) + "\n" for n in range(2)))
+    common = ["generate", "--model", tiny_folders["llama"], "--prompts", file, "--max-new-tokens", 12]
+    ids = []
+    for draft in (None, "lookup", "self-4bit"):
+        out = tmp_path / "out.json"
+        status, shown, _ = run(*common, *(("--draft", draft) if draft else ()), "--json", out)
+        result = json.loads(out.read_text())
+        ids.append([completion["ids"] for completion in result["completions"]])
+        assert status == 0
+        assert "energy:" in shown  # measured, or why not
+        assert ("cost model" in shown) == ("acceptance_rate" in result) == (draft is not None)
+        assert "decode_tokens_per_second" in result["record"]["metrics"]
+    assert ids[0] == ids[1] == ids[2]
+
+
 def test_plan_shows_sixteen_and_four_bits(run, tmp_path):
     out = tmp_path / "plan.json"
     status, shown, _ = run("plan", "--model", "opt-30b", "--devices", 4, "--memory", "32GiB", "--json", out)
@@ -102,6 +119,9 @@ def test_every_verb_has_help_with_an_example(run):
         "bench scoring",
         "bench quantization",
         "bench sharding",
+        "bench decoding",
+        "sweep",
+        "compare",
         "quantize",
         "challenge",
         "report",
@@ -130,6 +150,13 @@ def test_every_verb_has_help_with_an_example(run):
         (("generate", "--prompt", ""), "prompt 0 is empty"),
         (("generate", "--prompt", "a", "--prompts", "b"), "not both"),
         (("generate", "--prompt", "a", "--temperature", "-1"), "temperature -1"),
+        (("generate", "--prompt", "a", "--draft", "exit-99"), "early exit after 99 layers"),
+        (("generate", "--prompt", "a", "--draft", "nothing"), "unknown model 'nothing'"),
+        (("generate", "--prompt", "a", "--k", "99"), "k = 99 drafted tokens"),
+        (("generate", "--prompt", "a", "--stop", ""), "empty stop string"),
+        (("bench", "decoding", "--per-kind", "0"), "give positive numbers"),
+        (("sweep", "none.yaml"), "none.yaml"),
+        (("compare", "none.jsonl", "none.jsonl"), "none.jsonl"),
         (("plan", "--model", "opt-31b"), "unknown model 'opt-31b'"),
         (("plan", "--model", "opt-30b", "--memory", "much"), "write it like 32GiB"),
         (("plan",), "--model"),

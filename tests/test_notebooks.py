@@ -9,6 +9,7 @@ SMALL = {
     "00_start_here": {"limit": 3, "max_new_tokens": 6},
     "02_sharding": {"limit": 4},
     "03_quantization": {"rows": 2, "windows": 2, "group_size": 32},
+    "04_speculative_decoding": {"new_tokens": 6, "repeats": 1},
     "05_shared_prefix_scoring": {"limit": 2, "min_runs": 1},
     "01_where_time_goes": {"prompt_tokens": 16, "widths": [1, 8], "min_runs": 3},
 }

@@ -7,6 +7,7 @@ import json
 import os
 import uuid
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -104,11 +105,16 @@ def describe(
     warmup: int = 0,
     repeats: int = 1,
     baseline: str | None = None,
+    joules_per_1000_tokens: Metric | None = None,
 ) -> Record:
-    """The Record of a result on a model. Untransformed weights are the exact track, anything else the open track."""
+    """The Record of a result on a model. Untransformed weights are the exact track, anything else the open track.
+
+    `joules_per_1000_tokens`: from `measure.energy`; left out where energy was not measured.
+    """
+    energy = {"joules_per_1000_tokens": joules_per_1000_tokens} if joules_per_1000_tokens else {}
     return Record(
         task=result.task,
-        metrics=result.metrics(),
+        metrics=result.metrics() | energy,
         n=result.n,
         model=lm.name,
         revision=lm.revision,
@@ -147,20 +153,22 @@ def append(record: Record, path: Path | None = None) -> Record:
     half-written line is taken back, every earlier record stays, and the error is raised.
     """
     path = check_store(path)
-    line = json.dumps(record.as_dict(), allow_nan=False).encode() + b"\n"
-    # Unbuffered: a buffer would try again to write what the disk refused when the file is closed.
-    with FileLock(f"{path}.lock"), path.open("ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        if end and not _ends_with_newline(path):
-            line = b"\n" + line
-        try:
-            while line:
-                line = line[file.write(line) :]
-            os.fsync(file.fileno())
-        except OSError:
-            os.truncate(path, end)
-            raise
+    with FileLock(f"{path}.lock"):
+        _write(path, [record.as_dict()])
     return record
+
+
+def merge(sources: Sequence[Path], path: Path | None = None) -> int:
+    """Append those records of other stores whose ids this one lacks, as durably as `append`; how many.
+
+    May be repeated: a second time it appends nothing.
+    """
+    path = check_store(path)
+    with FileLock(f"{path}.lock"):
+        known = {row["id"] for row in read_records(path)}
+        missing = [row for source in sources for row in read_records(source) if row["id"] not in known]
+        _write(path, missing)
+    return len(missing)
 
 
 def read_records(path: Path | None = None) -> list[dict[str, Any]]:
@@ -210,6 +218,23 @@ _COLUMNS = [f.name for f in fields(Record) if f.name not in ("metrics", "hardwar
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows to a store that this process has locked: all of them or, if the disk refuses, none."""
+    lines = b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows)
+    # Unbuffered: a buffer would try again to write what the disk refused when the file is closed.
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if lines and end and not _ends_with_newline(path):
+            lines = b"\n" + lines
+        try:
+            while lines:
+                lines = lines[file.write(lines) :]
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, end)
+            raise
 
 
 def _ends_with_newline(path: Path) -> bool:
