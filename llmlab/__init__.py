@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llmlab.errors import RankError as RankError
     from llmlab.loading import load as load
     from llmlab.loading import model_card as model_card
+    from llmlab.lab.sweep import sweep as sweep
     from llmlab.measure.record import Measurement as Measurement
     from llmlab.measure.record import records as records
     from llmlab.model import LM as LM
@@ -72,6 +73,7 @@ _HOME = {
     "self_4bit": "llmlab.drafting",
     "SelfDraft": "llmlab.decoding.drafts",
     "stream": "llmlab.decoding.generate",
+    "sweep": "llmlab.lab.sweep",
     "with_dtype": "llmlab.quantization.linear",
 }
 __all__ = [*sorted(_HOME), "__version__", "data", "record"]

@@ -46,7 +46,7 @@ FLOORS = [
     {"loading", "shard", "sharded", "drafting"},
     {"measure"},
     {"lab"},
-    {"terminal", "options", "cli_bench", "cli_compare", "cli"},
+    {"terminal", "options", "cli_bench", "cli_lab", "cli_compare", "cli"},
 ]
 SIDE_BY_SIDE = FLOORS[1]  # know one another only through LM and plain tensors
 
