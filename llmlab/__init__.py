@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from llmlab.errors import InputError as InputError
     from llmlab.errors import NumericalError as NumericalError
     from llmlab.errors import RankError as RankError
+    from llmlab.lab.sweep import sweep as sweep
     from llmlab.loading import load as load
     from llmlab.loading import model_card as model_card
-    from llmlab.lab.sweep import sweep as sweep
     from llmlab.measure.record import Measurement as Measurement
     from llmlab.measure.record import records as records
     from llmlab.model import LM as LM

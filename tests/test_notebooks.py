@@ -11,6 +11,8 @@ SMALL = {
     "03_quantization": {"rows": 2, "windows": 2, "group_size": 32},
     "04_speculative_decoding": {"new_tokens": 6, "repeats": 1},
     "05_shared_prefix_scoring": {"limit": 2, "min_runs": 1},
+    "06_trade_offs": {"live": [["fp32", "none", "1", ""]], "limit": 2, "new_tokens": 2},
+    "07_challenge": {"limit": 1, "min_runs": 1},
     "01_where_time_goes": {"prompt_tokens": 16, "widths": [1, 8], "min_runs": 3},
 }
 

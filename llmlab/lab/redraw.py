@@ -11,7 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from llmlab.errors import InputError
-from llmlab.lab import figures
+from llmlab.lab import figures, tradeoff_figures
+from llmlab.measure.combination import combinations, comparable
 from llmlab.measure.record import read_records
 from llmlab.measure.roofline import Peaks
 from llmlab.paths import PACKAGE
@@ -56,6 +57,21 @@ def roofline(records: Rows) -> Figure:
         points.append({"label": label, "dtype": dtype, "intensity": intensity, "flops": flops})
     return figures.roofline(
         list(peaks.values()), pd.DataFrame(points), "Decode sits under the slope, prefill under the roof"
+    )
+
+
+def trade_offs(records: Rows) -> Figure:
+    """The front of notebook 06: what speed of writing costs in perplexity, over the whole grid."""
+    rows = []
+    for record in records:
+        row = {key: value for key, value in record.items() if key != "metrics"} | {"cpu": record["hardware"]["cpu"]}
+        for name, metric in record["metrics"].items():
+            row |= {name: metric["value"], f"{name}_low": metric["low"], f"{name}_high": metric["high"]}
+        rows.append(row)
+    points = comparable(combinations(pd.DataFrame(rows)) if rows else pd.DataFrame())
+    points.attrs["units"] = {"decode_tokens_per_second": "token/s", "perplexity_ratio": "x"}
+    return tradeoff_figures.pareto_front(
+        points, "decode_tokens_per_second", "perplexity_ratio", "What speed costs: every combination, and the best ones"
     )
 
 
