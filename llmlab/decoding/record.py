@@ -25,7 +25,8 @@ Replay = Callable[..., torch.Tensor]
 def recordable(model: Any) -> bool:
     """Whether every pass of one shape runs the same operations, on one CPU.
 
-    Not so where experts are routed by the data, positions are scaled by length, or ranks talk to one another.
+    Not so where experts are routed by the data, positions are scaled by length, or ranks talk to one another; and the
+    operations of bitsandbytes' int8 return what a recording cannot hold.
     """
     config = model.config
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -33,7 +34,8 @@ def recordable(model: Any) -> bool:
     experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     sharded = hasattr(model, "stage") or any(m._forward_hooks for m in model.modules())
     on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
-    return on_cpu and not (by_length or experts or sharded)
+    int8 = getattr(model, "is_loaded_in_8bit", False)
+    return on_cpu and not (by_length or experts or sharded or int8)
 
 
 @cache

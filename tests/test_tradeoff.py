@@ -1,0 +1,210 @@
+"""Trade-offs: which combinations make sense, a point of the grid measured for real, and what the records tell."""
+
+import pandas as pd
+import pytest
+from conftest import CHECKOUT
+
+import llmlab
+from llmlab.data import fingerprint
+from llmlab.errors import InputError
+from llmlab.lab import challenge_figures, tradeoff_figures
+from llmlab.lab.redraw import trade_offs
+from llmlab.lab.sweep_grid import read_grid
+from llmlab.measure.combination import BASELINE, Combination, combinations, comparable, recommended, speedups
+from llmlab.measure.record import Record, append, read_records
+from llmlab.measure.tradeoff import material, measure_point, perplexity_ratio
+from llmlab.stats import Metric
+
+GRID = CHECKOUT / "notebooks/points/trade_offs.yaml"
+PROMPTS = ["The cat sat on the mat. The cat sat on", "One, two, three, four, one, two,"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (("fp32", "gptq"), "does not give fp32"),
+        (("16 bits", "none"), "unknown precision"),
+        (("4 bits", "int8"), "does not give 4 bits"),
+        (("4 bits", "gptq", "1", "self-4bit"), "own 4-bit copy"),
+        (("fp32", "none", "1", "medusa"), "unknown draft"),
+        (("fp32", "none", "data 2", "lookup"), "one device"),
+        (("8 bits", "int8", "data 2"), "bitsandbytes"),
+        (("fp32", "none", "rows 2"), "unknown sharding"),
+        (("fp32", "none", "data 0"), "unknown sharding"),
+    ],
+)
+def test_senseless_combinations_are_refused_in_one_sentence(fields, reason):
+    with pytest.raises(InputError, match=reason) as error:
+        Combination(*fields).check()
+    assert "\n" not in str(error.value)
+
+
+def test_layouts_and_names():
+    assert Combination().cuts.ranks == 1
+    both = Combination("4 bits", "gptq", "data 2 x pipeline 3")
+    assert (both.cuts.data, both.cuts.pipeline, both.cuts.ranks) == (2, 3, 6)
+    assert Combination("bf16", draft="lookup, self-4bit").name == "bf16, draft lookup + self-4bit"
+
+
+def test_the_grid_fits_its_notebook_and_holds_sensible_points_and_their_baseline():
+    grid = read_grid(GRID)
+    assert grid.notebook.name == "trade_off.ipynb"
+    points = [Combination(**point) for point in grid.combinations]
+    for point in points:
+        point.check()
+    assert len(set(points)) == len(points) >= 14
+    assert BASELINE in points
+
+
+def test_nothing_measured_is_calibrated_on():
+    questions, prompts, calibration = material(100)
+    assert len(questions) == 100
+    assert len(prompts) == 5
+    assert not [q for q in questions if q.context in calibration]
+    assert not [p for p in prompts if p in calibration]
+
+
+@pytest.mark.parametrize(
+    "combination",
+    [
+        Combination(),
+        Combination(draft="lookup, self-4bit"),
+        Combination("bf16"),
+        Combination("4 bits", "rtn", draft="lookup"),
+        Combination("4 bits", "nf4"),
+        Combination("3 bits", "rotated gptq"),
+        Combination("4 bits", "rtn", "pipeline 2"),
+    ],
+    ids=lambda combination: combination.name,
+)
+def test_a_point_of_a_tiny_model(combination, tiny_folders, tmp_path):
+    questions = llmlab.data.everyday(3)
+    lm, found = measure_point(
+        str(tiny_folders["llama"]), combination, questions, PROMPTS, calibration=material(3)[2], rows=2, new_tokens=5,
+        timed=2, repeats=2, device="cpu",
+    )  # fmt: skip
+    metrics = found.metrics()
+    for name in ("acc_norm", "answers_kept", "perplexity", "perplexity_ratio", "bytes"):
+        assert metrics[name].value >= 0
+    for name in ("questions_per_second", "decode_tokens_per_second"):
+        assert 0 < metrics[name].low <= metrics[name].value <= metrics[name].high
+    if combination.precision == "fp32":
+        assert metrics["answers_kept"].value == metrics["perplexity_ratio"].value == 1
+    else:
+        assert metrics["perplexity_ratio"].value != 1
+    assert found.data == fingerprint(questions)
+    assert ("joules_per_1000_tokens" in metrics) == ("not measured here" not in found.protocol)
+    llmlab.record(lm, found)
+    table = combinations(llmlab.records())
+    assert tuple(table.iloc[-1][["precision", "method", "sharding", "draft"]]) == (
+        combination.precision, combination.method, combination.sharding, combination.draft,
+    )  # fmt: skip
+    assert table.iloc[-1]["name"] == combination.name
+    assert table.iloc[-1]["track"] == ("exact" if combination.method == "none" else "open")
+
+
+def test_two_replicas_hold_two_models_and_a_draft_adds_to_the_bytes(tiny_folders):
+    def held(combination):
+        _, found = measure_point(
+            str(tiny_folders["llama"]), combination, llmlab.data.everyday(1), PROMPTS[:1], calibration="word " * 600,
+            rows=1, new_tokens=2, timed=1, repeats=1, device="cpu",
+        )  # fmt: skip
+        return found.metrics()["bytes"].value
+
+    plain = held(Combination())
+    assert held(Combination(sharding="data 2")) == 2 * plain
+    assert plain < held(Combination(draft="self-4bit")) < 2 * plain
+
+
+def test_prompts_that_do_not_fit_are_refused_before_weights_are_read(tiny_folders):
+    with pytest.raises(InputError, match="prompt 0"):
+        measure_point(
+            str(tiny_folders["llama"]), Combination(), llmlab.data.everyday(1), ["word " * 400], calibration="x"
+        )  # fmt: skip
+
+
+def test_the_ratio_of_perplexities_is_paired(smollm2):
+    text = " ".join(q.context for q in llmlab.data.everyday(8))
+    one = llmlab.perplexity(smollm2, text, context=64)
+    ratio = perplexity_ratio(one, one)
+    assert (ratio.low, ratio.value, ratio.high) == (1, 1, 1)
+
+
+def table(rows, **common):
+    about = {"task": "trade-off", "model": "m", "data": "d", "n": 100, "device": "cpu", "cpu": "c", "threads": 2}
+    frame = pd.DataFrame(
+        about | common | {"protocol": f"{combination.encoded}; more", "time": pd.Timestamp(2026, 1, day + 1)} | values
+        for day, (combination, values) in enumerate(rows)
+    )
+    frame.attrs["units"] = {"bytes": "B"}
+    return frame
+
+
+def point(scoring, decode, kept, ratio):
+    return {
+        "questions_per_second": scoring, "decode_tokens_per_second": decode, "answers_kept": kept,
+        "perplexity_ratio": ratio, "bytes": 1.0,
+    }  # fmt: skip
+
+
+ROWS = [
+    (BASELINE, point(4.0, 20.0, 1.0, 1.0)),
+    (Combination(draft="lookup"), point(4.1, 30.0, 1.0, 1.0)),  # scoring knows no draft: 4.1 is noise
+    (Combination("bf16"), point(8.0, 40.0, 0.99, 1.002)),
+    (Combination("4 bits", "gptq"), point(6.0, 80.0, 0.9, 1.02)),
+]
+
+
+def test_what_to_use_follows_the_allowed_loss():
+    found = speedups(comparable(combinations(table(ROWS))))
+    use = {(row["job"], row["allowed_loss"]): row["use"] for _, row in recommended(found).iterrows()}
+    assert use["scoring", 0.0] == "fp32"
+    assert use["scoring", 0.01] == use["scoring", 0.03] == "bf16"
+    assert use["writing", 0.0] == "fp32, draft lookup"
+    assert use["writing", 0.01] == "bf16"
+    assert use["writing", 0.03] == "4 bits gptq"
+    assert found.set_index("name")["decode_speedup"]["4 bits gptq"] == 4
+
+
+def test_speeds_are_compared_on_one_machine_and_the_newest_record_stands(tmp_path):
+    here, there = table([*ROWS, (BASELINE, point(5.0, 25.0, 1.0, 1.0))]), table(ROWS[1:2], cpu="another")
+    found = comparable(combinations(pd.concat([there, here], ignore_index=True)))
+    assert set(found["cpu"]) == {"c"}
+    assert len(found) == len(ROWS)
+    assert found.set_index("name")["questions_per_second"]["fp32"] == 5
+    with pytest.raises(InputError, match="plain fp32"):
+        speedups(combinations(there))
+    with pytest.raises(InputError, match="llmlab sweep"):
+        comparable(combinations(llmlab.records(tmp_path / "none.jsonl")))
+
+
+def test_the_front_is_drawn_with_the_names():
+    figure = tradeoff_figures.pareto_front(combinations(table(ROWS)), "decode_tokens_per_second", "answers_kept", "t")
+    drawn = " ".join(text.get_text() for text in figure.axes[0].texts)
+    assert "4 bits gptq" in drawn
+    assert "fp32, draft lookup" in drawn
+
+
+def test_the_readmes_front_is_drawn_from_records(tmp_path):
+    store = tmp_path / "trade-offs-here.jsonl"
+    for combination, values in ROWS:
+        metrics = {name: Metric(value, "B" if name == "bytes" else "") for name, value in values.items()}
+        about = {"model": "m", "revision": None, "transformation": "none", "dtype": "fp32", "device": "cpu"}
+        protocol = f"{combination.encoded}; more"
+        append(Record("trade-off", metrics, 9, **about, threads=2, track="exact", protocol=protocol, data="d"), store)
+    figure = trade_offs(read_records(store))
+    assert "4 bits gptq" in " ".join(text.get_text() for text in figure.axes[0].texts)
+    with pytest.raises(InputError, match="llmlab sweep"):
+        trade_offs([])
+
+
+def test_the_leaderboard_names_its_baseline_and_marks_projections():
+    board = challenge_figures.leaderboard()
+    assert board.loc[board["kind"] == "baseline", "seconds"].item() == 3763.66
+    projected = challenge_figures.projections()
+    assert set(projected["kind"]) == {"exact track", "open track"}
+    figure = challenge_figures.beside_leaderboard(pd.concat([board, projected]), "t")
+    bars = figure.axes[0].patches
+    assert len(bars) == len(board) + len(projected)
+    assert sum(bar.get_hatch() is not None for bar in bars) == len(projected)
+    assert "projection, not a measurement" in " ".join(t.get_text() for t in figure.legends[0].get_texts())
