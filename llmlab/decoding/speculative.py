@@ -44,20 +44,23 @@ class Step:
     tokens: list[int]
 
 
-def verify(proposal: Proposal, logits: torch.Tensor, sampling: Sampling) -> tuple[list[int], int]:
+def verify(
+    proposal: Proposal, logits: torch.Tensor, sampling: Sampling, best: list[int] | None = None
+) -> tuple[list[int], int]:
     """Which drafted tokens are accepted and which token follows.
 
     Args:
         proposal: of one row.
         logits: [1 + drafted, vocabulary]: behind the row's last token, then behind each drafted one.
         sampling: temperature 0 is greedy.
+        best: the argmax of each row of logits where it is known already.
 
     Returns:
         Indices of accepted drafted tokens, from the root downwards; the token that the model adds.
     """
     if sampling.temperature == 0:
-        best = logits.argmax(dim=-1).tolist()
-        return _follow(proposal, lambda node: best[node + 1])
+        chosen = logits.argmax(dim=-1).tolist() if best is None else best
+        return _follow(proposal, lambda node: chosen[node + 1])
     if proposal.probs is None:
         return _follow(proposal, lambda node: _draw(_probs(logits[node + 1], sampling), sampling))
     for index, token in enumerate(proposal.tokens):
@@ -143,7 +146,8 @@ def decode(
                 still.append(place)
         return still
 
-    logits = _finite(engine.prefill(prompts), engine)
+    logits = engine.prefill(prompts)
+    _argmax(logits, engine)
     found = {row: Step("", [], [], 0, [verify(Proposal(), logits[row : row + 1], sampling)[1]]) for row in rows}
     still = take(found)
     yield found
@@ -163,12 +167,13 @@ def decode(
         tokens = [ids[-1:] + p.tokens for ids, p in zip(contexts, proposals, strict=True)]
         trees = any(p.parents != list(range(-1, len(p.parents) - 1)) for p in proposals)
         parents = [[-1, *(parent + 1 for parent in p.parents)] for p in proposals] if trees else None
-        logits = _finite(engine.forward(tokens, parents), engine)
+        logits = engine.forward(tokens, parents)
+        best = _argmax(logits, engine)
         found = {}
         kept: list[list[int]] = [[] for _ in rows]
         for place in still:
             row, proposal = rows[place], proposals[place]
-            path, token = verify(proposal, logits[place, : 1 + len(proposal.tokens)], sampling)
+            path, token = verify(proposal, logits[place, : 1 + len(proposal.tokens)], sampling, best[place])
             kept[place] = [0, *(node + 1 for node in path)]
             taken = [proposal.tokens[node] for node in path]
             found[row] = Step(proposal.source, proposal.tokens, proposal.parents, len(path), [*taken, token])
@@ -184,10 +189,13 @@ def room_for(prompts: list[list[int]], max_new_tokens: int, k: int | None) -> in
     return max(map(len, prompts)) + max_new_tokens + (MOST if k is None else k) * 4 + 2
 
 
-def _finite(logits: torch.Tensor, engine: Engine) -> torch.Tensor:
-    if not torch.isfinite(logits).all():
+def _argmax(logits: torch.Tensor, engine: Engine) -> list[list[int]]:
+    """Of each row, [batch][width] or [batch]. Raises NumericalError for NaN and infinity: they are the argmax."""
+    best = logits.argmax(dim=-1)
+    if not torch.isfinite(logits.gather(-1, best[..., None])).all():
         raise NumericalError(f"the logits of {engine.lm.name} are not finite in {engine.lm.dtype}: try fp32.")
-    return logits
+    found: list[list[int]] = best.tolist()
+    return found
 
 
 class Pace:
