@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmlab.decoding.cost import Rate, Tally, best_depth, best_k, expected_tokens, speedup
+from llmlab.decoding.cost import Rate, Tally, best_depth, best_k, expected_tokens, plain_seconds, speedup, worth
 
 
 def test_expected_tokens_is_leviathans_equation_1():
@@ -23,11 +23,21 @@ def test_k_is_zero_where_nothing_pays_and_large_where_all_is_accepted():
 
 
 def test_the_depth_of_a_batch_serves_all_its_rows():
-    flat = best_depth([0.9, 0.1], [4, 4], lambda d: 1 + d, lambda width: 1.0, 0.0)
-    assert flat[0] == 4
-    steep = best_depth([0.1, 0.1], [4, 4], lambda d: 1 + d, lambda width: float(width), 0.0)
-    assert steep[0] == 0
-    assert best_depth([0.9], [0], lambda d: 1, lambda width: 1.0, 0.0)[0] == 0
+    assert best_depth([0.9, 0.1], [4, 4], lambda d: 1 + d, lambda width: 1.0, [1, 1]) == 4
+    assert best_depth([0.1, 0.1], [4, 4], lambda d: 1 + d, lambda width: float(width), [1, 1]) == 0
+    assert best_depth([0.9], [0], lambda d: 1, lambda width: 1.0, [1]) == 0
+    # The row that guesses well is far ahead: a wider pass would only keep the other one waiting.
+    rising = [1.0, 1.2, 1.4, 1.6, 1.8]
+    assert best_depth([0.9, 0.0], [4, 0], lambda d: 1 + d, lambda width: rising[width - 1], [1, 1]) == 4
+    assert (
+        best_depth([0.9, 0.0], [4, 0], lambda d: 1 + d, lambda width: rising[width - 1], worth([20, 80], [4, 1])) == 0
+    )
+
+
+def test_plain_decoding_halves_its_batch_as_the_engine_does():
+    # Rows of 1, 2, 3 and 3 tokens: after two of four have ended two go on.
+    assert plain_seconds([1, 2, 3, 3], lambda rows: float(rows)) == 4 + 4 + 2
+    assert plain_seconds([], lambda rows: 1.0) == 0
 
 
 def test_a_rate_follows_what_it_sees():
@@ -47,7 +57,8 @@ def test_a_tally_predicts_what_it_counted():
         tally.observe("draft", 2, 2, accepted, accepted + (accepted < 2))
         tally.passes += 1
         tally.seconds += 2.0
-        tally.plain_seconds += 1.0
+        tally.tokens += accepted + 1
+        tally.plain_seconds += accepted + 1.0
     assert tally.acceptance_rate == pytest.approx(5 / 7)
     assert tally.tokens_per_pass == pytest.approx(1 + 5 / 4)
     assert tally.predicted_tokens_per_second == pytest.approx(expected_tokens(5 / 7, 2) * 4 / 8)

@@ -60,24 +60,50 @@ def best_depth(
     depths: Sequence[int],
     width: Callable[[int], int],
     seconds: Callable[[int], float],
-    draft_seconds: float,
-) -> tuple[int, float]:
-    """How deep to go with the proposals of a batch, and the tokens a second that this should bring.
+    weights: Sequence[float],
+) -> int:
+    """How deep to go with the proposals of a batch.
 
     Args:
         rates: acceptance rate expected in each row.
         depths: how deep each row's proposal reaches (0: none).
         width: tokens a row of a pass over proposals cut at a depth, the last accepted token included.
         seconds: of a pass by its width.
-        draft_seconds: for one more token of all rows.
-    """  # fmt: skip
+        weights: what a token of each row is worth.
+    """
     best, most = 0, 0.0
     for depth in range(max(depths, default=0) + 1):
-        tokens = sum(expected_tokens(a, min(depth, d)) for a, d in zip(rates, depths, strict=True))
-        speed = tokens / (seconds(width(depth)) + depth * draft_seconds)
+        rows = zip(rates, depths, weights, strict=True)
+        speed = sum(w * expected_tokens(a, min(depth, d)) for a, d, w in rows) / seconds(width(depth))
         if speed > most * 1.001:
             best, most = depth, speed
-    return best, most
+    return best
+
+
+def worth(left: Sequence[int], pace: Sequence[float]) -> list[float]:
+    """What a token of each row is worth to a batch that is done when its last row is.
+
+    A row with `left` tokens to go at `pace` tokens a pass needs left / pace more passes. The batch waits for the row
+    that needs the most, so a token counts by the fourth power of that share: rows that are far ahead must not make the
+    passes of the others wider.
+    """
+    passes = [n / p for n, p in zip(left, pace, strict=True)]
+    longest = max(passes, default=0.0)
+    return [(n / longest) ** 4 if longest else 1.0 for n in passes]
+
+
+def plain_seconds(lengths: Sequence[int], seconds: Callable[[int], float]) -> float:
+    """Of plain decoding rows of these many tokens together, with the batch halved when half of its rows have ended.
+
+    `seconds(rows)`: of a pass over one token of each row.
+    """
+    total, rows, done = 0.0, len(lengths), 0
+    for step in range(max(lengths, default=0)):
+        done = sum(n <= step for n in lengths)
+        if 2 * (len(lengths) - done) <= rows:
+            rows = len(lengths) - done
+        total += seconds(rows)
+    return total
 
 
 @dataclass
@@ -91,6 +117,8 @@ class Tally:
         trials: drafted tokens that were tested; those behind a rejected one were not.
         by_source: (hits, trials) of each draft.
         seconds: predicted for all passes, drafts included.
+        tokens: that all rows got out of them.
+        plain_seconds: predicted for the same tokens without speculation.
         depths: (source, depth) of each row's proposal, by how often it came.
     """
 
@@ -100,6 +128,7 @@ class Tally:
     accepted: int = 0
     trials: int = 0
     seconds: float = 0.0
+    tokens: int = 0
     plain_seconds: float = 0.0
     by_source: dict[str, tuple[int, int]] = field(default_factory=dict)
     depths: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -140,8 +169,7 @@ class Tally:
 
     @property
     def predicted_speedup(self) -> float:
-        """Over plain decoding of the same rows, which takes a pass of width 1 for each token."""
-        if not (self.rows and self.plain_seconds):
+        """Over plain decoding of the same rows."""
+        if not (self.tokens and self.plain_seconds):
             return 1.0
-        plain = self.rows / self.plain_seconds  # tokens a second: each row of each pass would get one
-        return self.predicted_tokens_per_second / plain
+        return self.predicted_tokens_per_second / (self.tokens / self.plain_seconds)

@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,7 +72,7 @@ class Engine:
         self._replays: dict[Any, Callable[..., torch.Tensor]] = {}  # by shape
         self._uses: dict[Any, int] = {}
         self._pending: list[list[int]] = []  # slots of the last pass, by row
-        self._seconds: dict[int, dict[int, float]] = {}  # by batch, by width
+        self._timed: dict[tuple[int, int], float] = {}  # seconds by rows and width
 
     def start(self, batch: int, capacity: int) -> None:
         """An empty cache for `batch` rows of up to `capacity` tokens, drafted ones included.
@@ -216,48 +215,50 @@ class Engine:
                 self.held.move(row, slots, first)
             self.held.lengths[row] = first + len(slots)
 
-    def seconds(self, width: int) -> float:
-        """Of one pass over `width` tokens a row; between and beyond measured widths by lines."""
-        found, share = self._measured()
-        # Rows that have ended are gone from the batch: what remains is as much work as fewer tokens of the whole batch.
-        wanted = max(1.0, width * share)
-        widths = sorted(found)
-        above = next((w for w in widths if w >= wanted), widths[-1])
-        below = max((w for w in widths if w < above), default=above)
-        if below == above:
-            return found[above]
-        return found[below] + (found[above] - found[below]) * (wanted - below) / (above - below)
+    def seconds(self, width: int, batch: int | None = None) -> float:
+        """Of one pass over `width` tokens a row, from what `profile` measured.
+
+        Matrices are read once for all tokens of a pass, so rows x width decides: between measured points by lines. A
+        width is what it is padded to.
+        """
+        if not self._timed:
+            self.profile()
+        wanted = (batch or self.held.batch) * next((w for w in self.widths if w >= width), width)
+        points = sorted((rows * w, seconds) for (rows, w), seconds in self._timed.items())
+        below = max((point for point in points if point[0] <= wanted), default=points[0])
+        above = min((point for point in points if point[0] >= wanted), default=points[-1])
+        if above[0] == below[0]:
+            return max(below[1], above[1])
+        return below[1] + (above[1] - below[1]) * (wanted - below[0]) / (above[0] - below[0])
 
     def profile(self) -> dict[int, float]:
         """Seconds of a pass by its width at the batch size of the cache, measured once. Keeps nothing in the cache."""
-        return self._measured()[0]
-
-    def _measured(self, repeats: int = 3) -> tuple[dict[int, float], float]:
-        """The profile, and the batch of now over the batch that was measured."""
         cache = self.held
-        larger = [batch for batch in self._seconds if batch >= cache.batch]
-        if larger:
-            return self._seconds[min(larger)], cache.batch / min(larger)
-        lengths, longest = cache.lengths, max(cache.lengths)
-        most = max(longest, min(cache.capacity // 2, cache.capacity - WIDTHS[-1]))
-        cache.lengths = [
-            max(1, most - row % 2) for row in range(cache.batch)
-        ]  # rows differ in length, as they do later
+        batch, lengths = cache.batch, cache.lengths
+        most = max(max(lengths), min(cache.capacity // 2, cache.capacity - WIDTHS[-1]))
         widths = [w for w in self.widths if most + w <= cache.capacity]
+        # A batch shrinks when rows end: a point or two of a row alone tell what fewer rows cost.
+        for rows, some in ((batch, widths), (1, [w for w in widths if w in (1, 5)])):
+            missing = [w for w in some if (rows, w) not in self._timed]
+            cache.batch = rows
+            cache.lengths = [max(1, most - row % 2) for row in range(rows)]  # they differ in length, as they do later
+            self._time(rows, missing)
+            cache.batch, cache.lengths = batch, lengths
+        return {w: self._timed[batch, w] for w in widths}
+
+    def _time(self, rows: int, widths: list[int], repeats: int = 3) -> None:
         runs: dict[int, list[float]] = {w: [] for w in widths}
         for turn in range(RECORD + 1 + repeats):
             for width in widths:
                 begin = time.perf_counter()
-                self.forward([[0] * width] * cache.batch)
+                self.forward([[0] * width] * rows)
                 _wait(self.device)
                 if turn > RECORD:  # those before are warm-ups, and record the passes
                     runs[width].append(time.perf_counter() - begin)
-        cache.lengths = lengths
-        found = {w: statistics.median(r) for w, r in runs.items()}
-        for narrow, wide in pairwise(widths):
-            found[wide] = max(found[wide], found[narrow])  # a wider pass is never cheaper: that would be noise
-        self._seconds[cache.batch] = found
-        return found, 1.0
+        least = 0.0
+        for width, times in runs.items():
+            least = max(least, statistics.median(times))  # a wider pass is never cheaper: that would be noise
+            self._timed[rows, width] = least
 
 
 def _ancestors(parents: list[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:

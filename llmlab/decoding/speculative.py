@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmlab.decoding.cost import Rate, Tally, best_depth, best_k
+from llmlab.decoding.cost import Rate, Tally, best_depth, best_k, plain_seconds, worth
 from llmlab.decoding.drafts import Draft, Proposal, Sampling
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.sampling import next_token_probs
@@ -178,10 +178,13 @@ def decode(
             taken = [proposal.tokens[node] for node in path]
             found[row] = Step(proposal.source, proposal.tokens, proposal.parents, len(path), [*taken, token])
             pace.observe(row, asked[place][1], found[row].tokens)
+            pace.paces[row].observe(len(found[row].tokens), 1)
         engine.keep(kept)
         pace.tally(tally, [(proposals[place], found[rows[place]]) for place in still])
         still = take(found)
         yield found
+    if drafts:
+        tally.plain_seconds += plain_seconds([len(ids) - 1 for ids in produced], lambda n: engine.seconds(1, n))
 
 
 def room_for(prompts: list[list[int]], max_new_tokens: int, k: int | None) -> int:
@@ -204,6 +207,7 @@ class Pace:
     def __init__(self, engine: Engine, drafts: list[Draft], k: int | None, batch: int) -> None:
         self.engine, self.drafts, self.k = engine, drafts, k
         self.rates = {(row, draft.name): Rate() for row in range(batch) for draft in drafts}
+        self.paces = [Rate(prior=1.5, weight=4.0) for _ in range(batch)]  # tokens a pass of each row
         self.idle = 0  # passes since a costly draft was asked
         self.draft_passes = 0
 
@@ -234,8 +238,9 @@ class Pace:
         depths = [_depth(p) for p in whole]
         rates = [self.rates[row, p.source].value if p.tokens else 0.0 for row, p in zip(rows, whole, strict=True)]
         # What a costly draft has drafted is there: from here on only the verifying pass costs.
-        depth, _ = best_depth(
-            rates, depths, lambda d: 1 + max(len(_cut(p, d).tokens) for p in whole), self.engine.seconds, 0.0
+        weights = worth(left, [self.paces[row].value for row in rows])
+        depth = best_depth(
+            rates, depths, lambda d: 1 + max(len(_cut(p, d).tokens) for p in whole), self.engine.seconds, weights
         )
         return [(_cut(p, depth), p) for p in whole]
 
@@ -265,6 +270,7 @@ class Pace:
     def tally(self, tally: Tally, rows: list[tuple[Proposal, Step]]) -> None:
         """Count one pass."""
         tally.passes += 1
+        tally.tokens += sum(len(step.tokens) for _, step in rows)
         for proposal, step in rows:
             depth = _depth(proposal)
             tally.observe(
@@ -273,7 +279,6 @@ class Pace:
         if self.drafts:
             width = 1 + max(len(p.tokens) for p, _ in rows)
             tally.seconds += self.engine.seconds(width)
-            tally.plain_seconds += self.engine.seconds(1)
             if self.draft_passes:
                 tally.seconds += self.draft_passes * next(d for d in self.drafts if not d.free).seconds()
 

@@ -31,7 +31,9 @@ def pass_cost(profiles: Mapping[str, Mapping[int, float]], title: str) -> Figure
                 name, (widths[-1], times[-1]), (8, 0), textcoords="offset points", va="center", color=colour, size=9
             )
             axes.plot(widths, [times[0] * w for w in widths], color=colour, linestyle="--", linewidth=1)
-        axes.text(0.5, 0.93, "dashed: if every token cost as much as the first", transform=axes.transAxes, color=GREY, size=9)
+        axes.text(
+            0.5, 0.93, "dashed: if every token cost as much as the first", transform=axes.transAxes, color=GREY, size=9
+        )
         axes.set_ylim(0, top * 1.6)
         ticks = sorted({width for found in profiles.values() for width in found})
         axes.set_xticks(ticks)

@@ -206,7 +206,7 @@ def _row(
     tallies = [run.speculation for unit in work for run in unit.runs[name] if run.speculation]
     if tallies:
         predicted = sum(t.expected for t in tallies) / sum(t.seconds for t in tallies)
-        without = sum(t.rows for t in tallies) / sum(t.plain_seconds for t in tallies)
+        without = sum(t.tokens for t in tallies) / sum(t.plain_seconds for t in tallies)
         row |= {
             "acceptance_rate": sum(t.accepted for t in tallies) / max(1, sum(t.trials for t in tallies)),
             "mean_accepted": sum(t.accepted for t in tallies) / max(1, sum(t.rows for t in tallies)),
