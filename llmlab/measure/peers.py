@@ -51,7 +51,7 @@ def call(peer: str, request: dict[str, Any], *, timeout: float = 2 * HOURS) -> d
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"{peer} did not answer within {timeout:.0f} s.") from None
     lines = done.stdout.strip().splitlines()
-    died = f"it ended with status {done.returncode}: {done.stderr.strip()[-1000:] or 'without a word'}"
+    died = done.stderr.strip()[-1000:] or f"it ended with status {done.returncode} and without a word"
     answer: dict[str, Any] = json.loads(lines[-1]) if lines else {"error": died}
     if "error" in answer:
         raise RuntimeError(f"{peer} failed on {request.get('job')}: {answer['error']}")
