@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+MARGIN = 1.05  # a gain below it is within what is not known of rates and times
+
 
 def expected_tokens(acceptance: float, k: float) -> float:
     """E(a, k): tokens that a pass over k drafted tokens yields."""
@@ -71,13 +73,13 @@ def best_depth(
         seconds: of a pass by its width.
         weights: what a token of each row is worth.
     """
-    best, most = 0, 0.0
-    for depth in range(max(depths, default=0) + 1):
+
+    def speed(depth: int) -> float:
         rows = zip(rates, depths, weights, strict=True)
-        speed = sum(w * expected_tokens(a, min(depth, d)) for a, d, w in rows) / seconds(width(depth))
-        if speed > most * 1.001:
-            best, most = depth, speed
-    return best
+        return sum(w * expected_tokens(a, min(depth, d)) for a, d, w in rows) / seconds(width(depth))
+
+    best = max(range(max(depths, default=0) + 1), key=speed)
+    return best if speed(best) > MARGIN * speed(0) else 0
 
 
 def worth(left: Sequence[int], pace: Sequence[float]) -> list[float]:

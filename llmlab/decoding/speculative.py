@@ -235,12 +235,15 @@ class Pace:
         whole = [_cut(p, max(0, n)) for p, n in zip(found, left, strict=True)]
         if self.k is not None or not any(p.tokens for p in whole):
             return [(p, p) for p in whole]
-        depths = [_depth(p) for p in whole]
+        by_depth = [_node_depths(p) for p in whole]
+        depths = [max(found, default=0) for found in by_depth]
+        # Nodes of each proposal down to each depth: what a pass over proposals that are cut there holds.
+        nodes = [[sum(d <= cut for d in found) for cut in range(max(depths) + 1)] for found in by_depth]
         rates = [self.rates[row, p.source].value if p.tokens else 0.0 for row, p in zip(rows, whole, strict=True)]
         # What a costly draft has drafted is there: from here on only the verifying pass costs.
         weights = worth(left, [self.paces[row].value for row in rows])
         depth = best_depth(
-            rates, depths, lambda d: 1 + max(len(_cut(p, d).tokens) for p in whole), self.engine.seconds, weights
+            rates, depths, lambda cut: 1 + max(count[cut] for count in nodes), self.engine.seconds, weights
         )
         return [(_cut(p, depth), p) for p in whole]
 
@@ -283,22 +286,25 @@ class Pace:
                 tally.seconds += self.draft_passes * next(d for d in self.drafts if not d.free).seconds()
 
 
-def _depth(proposal: Proposal) -> int:
+def _node_depths(proposal: Proposal) -> list[int]:
     depths: list[int] = []
     for parent in proposal.parents:
         depths.append(1 if parent < 0 else depths[parent] + 1)
-    return max(depths, default=0)
+    return depths
+
+
+def _depth(proposal: Proposal) -> int:
+    return max(_node_depths(proposal), default=0)
 
 
 def _cut(proposal: Proposal, depth: int) -> Proposal:
     """The tree down to a depth. Nodes stand behind their parents, so it is enough to renumber them."""
-    if _depth(proposal) <= depth:
+    depths = _node_depths(proposal)
+    if max(depths, default=0) <= depth:
         return proposal
-    depths: list[int] = []
     number: dict[int, int] = {-1: -1}
     made = Proposal(source=proposal.source, probs=None if proposal.probs is None else proposal.probs[:depth])
     for node, (token, parent) in enumerate(zip(proposal.tokens, proposal.parents, strict=True)):
-        depths.append(1 if parent < 0 else depths[parent] + 1)
         if depths[node] <= depth:
             number[node] = len(made.tokens)
             made.tokens.append(token)
