@@ -97,7 +97,7 @@ def bench_sharding(
                 group.score_parts(model, questions[:4], cuts, schedule=schedule)  # loads and warms up
             runs.setdefault(key, []).append(group.score_parts(model, questions, cuts, schedule=schedule))
     naive = runs[f"{chosen[0][0].name}, naive"]
-    profile = measured_profile(group, naive, card, chosen[0][0])
+    profile = measured_profile(group, model, questions, naive, card, chosen[0][0])
     rows: list[dict[str, Any]] = []
     delta, agreement = 0.0, 1.0
     for cuts, schedule in chosen:
@@ -149,7 +149,14 @@ def bench_sharding(
     }
 
 
-def measured_profile(group: RankGroup, naive: list[list[ScoredPart]], card: ModelCard, cuts: Cuts) -> Profile:
+def measured_profile(
+    group: RankGroup,
+    model: str,
+    questions: list[Question],
+    naive: list[list[ScoredPart]],
+    card: ModelCard,
+    cuts: Cuts,
+) -> Profile:
     """Lines through the naive schedule's times, and what cores and links do."""
     bounds = _bounds(card, cuts.pipeline)
     nodes = np.array(naive[0][0].nodes, dtype=float)
@@ -162,11 +169,27 @@ def measured_profile(group: RankGroup, naive: list[list[ScoredPart]], card: Mode
     total = statistics.median(max(p.seconds for p in parts) for parts in naive)
     hops = len(nodes) * cuts.pipeline  # a batch's hops from stage to stage, and the word that it has left
     link = max(0.0, (total - times.sum()) / hops)
-    singles = [group.run(work_alone, turn)[turn] for turn in range(group.size)]
-    together = statistics.median(group.run(work_together))
-    cores = min(float(group.size), group.size * statistics.median(singles) / together)
-    reduce = statistics.median(group.run(time_reduce, card.hidden_size))
-    return Profile((float(layer[1]), float(layer[0])), (float(head[1]), float(head[0])), link, reduce, cores)
+    lines = (float(layer[1]), float(layer[0])), (float(head[1]), float(head[0]))
+    alone = Profile(*lines, link, 0.0, float(group.size))
+    reduce = statistics.median(group.run(time_reduce, card.hidden_size, card.intermediate_size))
+    return Profile(*lines, link, reduce, effective_cores(group, model, questions, alone, card))
+
+
+def effective_cores(
+    group: RankGroup, model: str, questions: list[Question], alone: Profile, card: ModelCard, share: int = 4
+) -> float:
+    """How many undisturbed ranks' work this machine does at once: what makes the simulation of a short run of replicas
+    take as long as the run did."""
+    replicas, few = Cuts(data=group.size), questions[: max(group.size, len(questions) // share)]
+    group.score_parts(model, questions[: group.size], replicas)  # loads and warms up
+    runs = [group.score_parts(model, few, replicas) for _ in range(3)]
+    measured = statistics.median(max(part.seconds for part in parts) for parts in runs)
+    low, high = 0.25, float(group.size)
+    for _ in range(20):  # bisection: more cores, fewer seconds
+        cores = (low + high) / 2
+        slower = simulated(alone, runs[0], replicas, "micro-batches", card, cores).seconds > measured
+        low, high = (cores, high) if slower else (low, cores)
+    return (low + high) / 2
 
 
 def simulated(
@@ -215,47 +238,30 @@ def _bounds(card: ModelCard, stages: int) -> list[tuple[int, int]]:
     return stage_layers(card.layers, stages, ASKED * card.head_parameters / (card.linear_parameters / card.layers))
 
 
-def _matmuls() -> float:
-    """As much as two passes of the built-in model's MLPs; weights come from memory, as a model's do."""
-    x, weights = torch.randn(256, 576), [torch.randn(1536, 576) for _ in range(90)]
-    begin = time.perf_counter()
-    for w in weights + weights:
-        torch.nn.functional.linear(x, w)
-    return time.perf_counter() - begin
+def time_reduce(rank: Rank, hidden_size: int, intermediate_size: int, rounds: int = 40) -> float:
+    """Seconds that an all-reduce of 256 nodes' hidden states adds to the matmuls before it.
 
-
-def work_alone(rank: Rank, turn: int) -> float:
-    """Seconds of some matmuls on rank `turn` while the others wait."""
-    seconds = 0.0
-    dist.barrier()
-    if rank.index == turn:
-        _matmuls()
-        seconds = _matmuls()
-    dist.barrier()
-    return seconds
-
-
-def work_together(rank: Rank) -> float:
-    """The same on all ranks at once."""
-    _matmuls()
-    dist.barrier()
-    begin = time.perf_counter()
-    for _ in range(3):
-        _matmuls()
-    return (time.perf_counter() - begin) / 3
-
-
-def time_reduce(rank: Rank, hidden_size: int) -> float:
-    """Seconds of an all-reduce of 256 nodes' hidden states between pairs of ranks, all pairs at once."""
+    Between pairs of ranks, all pairs at once, with half an MLP between two reduces as in a layer: where ranks share
+    cores most of a reduce is waiting until the other rank gets one.
+    """
     group = None
     if rank.size % 2 == 0:
         group = init_device_mesh(rank.device.type, (rank.size // 2, 2)).get_group(1)
     x = torch.randn(256, hidden_size, device=rank.device)
-    dist.all_reduce(x, group=group)
-    begin = time.perf_counter()
-    for _ in range(20):
-        dist.all_reduce(x, group=group)
-    return (time.perf_counter() - begin) / 20
+    weights = [torch.randn(intermediate_size, hidden_size, device=rank.device) for _ in range(rounds)]
+
+    def run(reduce: bool) -> float:
+        dist.barrier()
+        begin = time.perf_counter()
+        for weight in weights:
+            torch.nn.functional.linear(x, weight)
+            if reduce:
+                dist.all_reduce(x, group=group)
+                x.mul_(0.5)  # the sum of two halves stays of a size
+        return (time.perf_counter() - begin) / rounds
+
+    run(True)
+    return statistics.median(max(0.0, run(True) - run(False)) for _ in range(3))
 
 
 def line(row: dict[str, Any]) -> str:
