@@ -5,7 +5,9 @@ import torch
 
 import llmlab
 from llmlab import InputError
+from llmlab.decoding import fewrows
 from llmlab.decoding.engine import RECORD, Engine
+from llmlab.decoding.fewrows import PackedLinear
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.linear import QuantLinear
 
@@ -113,3 +115,31 @@ def test_sliding_windows_are_refused(tiny_folders):
     lm.model.config.sliding_window = 8
     with pytest.raises(InputError, match="windows of 8 tokens"):
         Engine(lm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_layouts_of_a_matrix_give_its_product(dtype):
+    linear = torch.nn.Linear(96, 40, dtype=dtype)
+    packed = PackedLinear(linear)
+    x = torch.randn(2, 3, 96, dtype=dtype)
+    packed.rows_of_torch = 6
+    assert torch.equal(packed(x), linear(x))
+    packed.rows_of_torch = 5  # six rows are more than that
+    assert torch.allclose(packed(x), linear(x), atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize(("torch_seconds", "expected"), [((2, 2, 2, 2), 0), ((1, 1, 2, 1), 2), ((1, 1, 1, 1), 5)])
+def test_the_layout_of_few_rows_is_the_one_measured_to_be_faster(torch_seconds, expected, monkeypatch):
+    asked = []
+
+    def seconds(linears, rows):
+        asked.append(rows)
+        return 1.5, torch_seconds[len(asked) - 1]
+
+    monkeypatch.setattr(fewrows, "_measured", {})
+    monkeypatch.setattr(fewrows, "_seconds", seconds)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+    fewrows.prepare(model, torch.float32)
+    fewrows.prepare(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(8, 8)), torch.float32)
+    assert [module.rows_of_torch for module in model] == [expected, expected]
+    assert asked == sorted(set(asked))  # once for these shapes

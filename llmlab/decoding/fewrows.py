@@ -4,20 +4,25 @@ A decode step multiplies every matrix by one row, or by k + 1 rows when it verif
 weights once, and the rest is overhead. So, in a copy of the module tree that shares all weights:
 
 * matrices with the same input (q, k, v; gate, up) become one, which is read at a better rate than its parts;
-* on CPU the weights of a plain Linear are laid out in oneDNN's blocks. On two AMD EPYC cores one fp32 row then takes
-  half the time of torch's default, and five rows cost no more than one;
+* on CPU the weights of a plain Linear are laid out in oneDNN's blocks, too. On two AMD EPYC cores one fp32 row then
+  takes half the time of torch's default, and five rows cost no more than one. On two Intel Xeon cores five fp32 rows
+  take 0.7 of the time, but one takes 1.2 of it: so up to how many rows torch's layout serves is measured;
 * an RMSNorm becomes one operation, where that gives the same numbers.
 
 Lossless up to rounding: a sum may run in another order.
 """
 
 import copy
+import statistics
+import time
 from types import MethodType
 from typing import Any, ClassVar, Optional, cast
 
 import torch
 
 TOGETHER = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
+FEW = (1, 2, 3, 5)  # rows at which the two layouts are compared
+ENOUGH = 2**30  # bytes of weights to compare them on: more than a cache holds
 
 
 def shared_copy(module: torch.nn.Module) -> torch.nn.Module:
@@ -48,6 +53,11 @@ def prepare(model: torch.nn.Module, dtype: torch.dtype, *, pack: bool = True) ->
                 setattr(parent, name, PackedLinear(child))
             elif type(child).__name__.endswith("RMSNorm"):
                 setattr(parent, name, _rms_norm(child))
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    if packed:
+        rows = _rows_of_torch(packed)
+        for module in packed:
+            module.rows_of_torch = rows
 
 
 def _packs(linear: torch.nn.Linear) -> bool:
@@ -63,7 +73,7 @@ def multiply(x: torch.Tensor, packed: torch.Tensor, bias: Optional[torch.Tensor]
 
 
 class PackedLinear(torch.nn.Module):
-    """y = x W^T + b with W in oneDNN's blocked layout; holds a second copy of the weights."""
+    """y = x W^T + b with W in oneDNN's blocked layout, a second copy; up to `rows_of_torch` rows with W as it was."""
 
     multiply: ClassVar[Any] = None  # set below: `multiply`, or while a pass is recorded its compiled twin
 
@@ -72,14 +82,54 @@ class PackedLinear(torch.nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), 8)
         self.weight, self.bias = linear.weight, linear.bias
         self._forward_hooks = linear._forward_hooks  # tensor parallelism's all-reduce
+        self.rows_of_torch = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]."""
+        if x.shape[:-1].numel() <= self.rows_of_torch:
+            return torch.nn.functional.linear(x, self.weight, self.bias)
         product: torch.Tensor = PackedLinear.multiply(x, self.packed, self.bias)
         return product
 
 
 PackedLinear.multiply = multiply
+
+_measured: dict[Any, int] = {}
+
+
+def _rows_of_torch(linears: list[PackedLinear]) -> int:
+    """Up to how many rows torch's layout beats oneDNN's on these matrices; measured once for their shapes."""
+    weight = linears[0].weight
+    key = (weight.dtype, frozenset(m.weight.shape for m in linears), torch.get_num_threads())
+    if key not in _measured:
+        some, size = [], 0
+        for module in reversed(linears):  # the output head, the largest, comes first
+            if size < ENOUGH:
+                some.append(module)
+                size += module.weight.numel() * module.weight.element_size()
+        _measured[key] = 0
+        for rows in FEW:
+            packed, plain = _seconds(some, rows)
+            if plain > 0.95 * packed:
+                break
+            _measured[key] = rows
+    return _measured[key]
+
+
+@torch.inference_mode()
+def _seconds(linears: list[PackedLinear], rows: int) -> tuple[float, float]:
+    """Of multiplying by all of them: in oneDNN's layout and in torch's, interleaved, medians of 3 after a warm-up."""
+    dtype = linears[0].weight.dtype
+    x = {m.weight.shape[1]: torch.randn(rows, m.weight.shape[1]).to(dtype) for m in linears}
+    times: dict[int, list[float]] = {0: [], rows: []}
+    for _ in range(4):
+        for limit, seconds in times.items():
+            begin = time.perf_counter()
+            for module in linears:
+                module.rows_of_torch = limit
+                module(x[module.weight.shape[1]])
+            seconds.append(time.perf_counter() - begin)
+    return statistics.median(times[0][1:]), statistics.median(times[rows][1:])
 
 
 class First(torch.nn.Module):

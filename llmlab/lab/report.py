@@ -12,9 +12,9 @@ from typing import Any
 
 import nbformat
 import papermill
-from papermill.exceptions import PapermillExecutionError
 
 from llmlab.errors import InputError
+from llmlab.lab.execute import execute
 from llmlab.lab.pages import render, write_challenge_page, write_index
 from llmlab.lab.pdf import find_chromium, write_pdf
 from llmlab.measure.record import read_records
@@ -144,21 +144,7 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any]) -> Ru
     executed = output / "notebooks" / notebook.name
     drawn, recorded = _drawn(), len(read_records())
     begin = time.perf_counter()
-    error = None
-    try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(executed),
-            parameters=parameters,
-            cwd=str(notebook.parent),
-            progress_bar=False,
-            coalesce_streams=True,  # a progress bar leaves its last state, not a line per refresh
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],
-        )
-    except PapermillExecutionError as failure:
-        error = f"{failure.ename}: {failure.evalue}"
-    except Exception as failure:  # a kernel that dies or cannot start: reported, and the others still run
-        error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
+    error, _ = execute(notebook, executed, parameters, cwd=notebook.parent)
     seconds = time.perf_counter() - begin
     page = None
     content = nbformat.read(executed if executed.exists() else notebook, as_version=4)

@@ -202,39 +202,6 @@ def settle(work: Path, place: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def execute(notebook: Path, executed: Path, parameters: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Run a notebook in this process's folder; returns its error in one line and its traceback, or two None."""
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError, strip_color
-
-    try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(executed),
-            parameters=parameters,
-            cwd=str(executed.parent),
-            progress_bar=False,
-            coalesce_streams=True,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],
-        )
-    except PapermillExecutionError as failure:
-        text = strip_color("\n".join(failure.traceback))
-        return f"cell {failure.exec_count} raised {failure.ename}: {' '.join(str(failure.evalue).split())}", text
-    except DeadKernelError:
-        return "its kernel died: the process of a cell ended (crashed, left or was killed).", _last_cell(executed)
-    except Exception as failure:  # a kernel that cannot start, a notebook that cannot be written
-        return f"{type(failure).__name__}: {' '.join(str(failure).split())}", None
-    return None, None
-
-
-def _last_cell(executed: Path) -> str | None:
-    """The cell in which a kernel died; there is no traceback of that."""
-    cells = json.loads(executed.read_text(encoding="utf-8"))["cells"] if executed.exists() else []
-    begun = [cell for cell in cells if cell["metadata"].get("papermill", {}).get("start_time")]
-    return "In the cell:\n" + "".join(begun[-1]["source"]) if begun else None
-
-
 def state(
     status: str, *, seconds: float | None = None, error: str | None = None, traceback: str | None = None
 ) -> dict[str, Any]:
@@ -250,11 +217,13 @@ def _leave_with_parent(work: Path) -> None:
 
 def main() -> None:
     """`python -m llmlab.lab.sweep_run`: started by `Attempt`, which sends one line of JSON on standard input."""
+    from llmlab.lab.execute import execute  # papermill takes a second to import, the parent needs none of it
+
     job = json.loads(sys.stdin.readline())
     work, notebook = Path(os.environ[MARK]), Path(job["notebook"])
     threading.Thread(target=_leave_with_parent, args=(work,), daemon=True).start()
     begin = time.perf_counter()
-    error, traceback = execute(notebook, work / "notebook.ipynb", job["parameters"])
+    error, traceback = execute(notebook, work / "notebook.ipynb", job["parameters"], cwd=work)
     write_result(work, job["parameters"], time.perf_counter() - begin, error, traceback)
     settle(work, Path(job["place"]))
 
