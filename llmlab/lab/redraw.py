@@ -84,6 +84,13 @@ FIGURES: list[tuple[str, str, str, Callable[[Rows], Figure]]] = [
         "step are points with the share of the limit that they reach.",
         roofline,
     ),
+    (
+        "trade_offs",
+        "trade-offs-cpu-2-cores.jsonl",
+        "Perplexity over fp32 against decode tokens per second for every combination of precision, method, sharding "
+        "and draft; the Pareto front is numbered and named, dominated combinations are grey.",
+        trade_offs,
+    ),
 ]
 
 
