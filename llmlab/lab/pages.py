@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import bleach  # type: ignore[import-untyped]  # comes with nbconvert, has no types
+import bleach  # type: ignore[import-untyped]  # has no types
 import jinja2
 from bleach.css_sanitizer import CSSSanitizer  # type: ignore[import-untyped]  # as above
 from nbconvert import HTMLExporter
