@@ -106,7 +106,7 @@ class Inputs:
     Attributes:
         model: keyword arguments of the model's forward pass.
         scored: (node, token, sequence) triples.
-        where: [triples], which row of the logits belongs to each.
+        where: [triples], which row of the logits belongs to each; on CPU, so that to sort them waits for no GPU.
         targets: [triples], the tokens.
     """
 
@@ -151,17 +151,20 @@ def inputs(lm: LM, tries: list[Trie], *, head_everywhere: bool = False) -> Input
         "logits_to_keep": nodes.to(device),  # the output head works only where a token is asked for
     }
     targets = torch.tensor([token for _, token, _ in scored], device=device)
-    return Inputs(model, scored, where.to(device), targets)
+    return Inputs(model, scored, where, targets)
 
 
 def read(asked: Inputs, logits: torch.Tensor) -> Forward:
     """Log-probabilities out of a pass's logits [asked, vocabulary]."""
-    values, greedy = [], []
+    values = torch.empty(len(asked.where), device=logits.device)
+    greedy = torch.empty(len(asked.where), dtype=torch.bool, device=logits.device)
     # Soft-max in fp32 over a few rows at a time. As log_softmax, not logsumexp: torch's CPU kernels differ by 1e-5 nats
     # a token, and the reference path and lm-evaluation-harness use this one.
-    for rows, tokens in zip(torch.split(asked.where, 64), torch.split(asked.targets, 64), strict=True):
-        predictions = logits[rows].float().log_softmax(dim=-1)  # [64, vocabulary]
-        value = predictions.gather(-1, tokens[:, None]).squeeze(-1)
-        values.append(value)
-        greedy.append(value == predictions.amax(dim=-1))
-    return Forward(asked.scored, torch.cat(values).tolist(), torch.cat(greedy).tolist(), len(logits))
+    for chunk, few in enumerate(torch.split(logits, 64)):
+        here = (asked.where // 64 == chunk).nonzero().squeeze(-1)  # the triples that ask these rows
+        if len(here):
+            row, here = (asked.where[here] % 64).to(logits.device), here.to(logits.device)
+            predictions = few.float().log_softmax(dim=-1)  # [64, vocabulary]
+            values[here] = predictions[row, asked.targets[here]]
+            greedy[here] = values[here] == predictions.amax(dim=-1)[row]
+    return Forward(asked.scored, values.tolist(), greedy.tolist(), len(logits))
