@@ -9,11 +9,11 @@ STAMP  := $(VENV)/.installed
 .DEFAULT_GOAL := lab
 
 lab: $(STAMP)  ## run the notebooks, write figures/ and report/index.html
-	@echo "== llmlab: running the notebooks (about 4 minutes on 2 cores)"
+	@echo "== llmlab: running the notebooks (about 10 minutes on 2 cores)"
 	@$(BIN)/llmlab report
 
 test: $(STAMP) check  ## lint, types and tests, the notebooks included
-	@echo "== llmlab: tests (about 5 minutes on 2 cores)"
+	@echo "== llmlab: tests (about 13 minutes on 2 cores)"
 	@$(BIN)/python -m pytest
 
 check: $(STAMP)

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from llmlab.errors import InputError
 from llmlab.lab.drawable import drawable
@@ -113,9 +114,11 @@ def pareto_front(
                 f"{number}: {name}", (1.03, 1 - 0.25 * (number - 0.5) / height), xycoords="axes fraction",
                 va="center", size=8.5, color=BLUE if inside[place] else LIGHT,
             )  # fmt: skip
-        for set_label, metric in ((axes.set_xlabel, x), (axes.set_ylabel, y)):
+        for axis, metric in ((axes.xaxis, x), (axes.yaxis, y)):
             better = "less" if _costs(records, metric) else "more"
-            set_label(f"{drawable(label(records, metric))}, {better} is better")
+            axis.set_label_text(f"{drawable(label(records, metric))}, {better} is better")
+            if records.attrs.get("units", {}).get(metric) == "B":
+                axis.set_major_formatter(EngFormatter("B"))
         axes.set_title(drawable(title))
     return figure
 
