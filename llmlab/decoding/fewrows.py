@@ -63,7 +63,7 @@ def prepare(model: torch.nn.Module, dtype: torch.dtype, *, pack: bool = True) ->
 def _packs(linear: torch.nn.Linear) -> bool:
     weight = linear.weight
     known = weight.dtype in (torch.float32, torch.bfloat16) and weight.numel() > 0
-    return weight.device.type == "cpu" and known and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return weight.device.type == "cpu" and known and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 def multiply(x: torch.Tensor, packed: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:  # noqa: UP045
@@ -188,12 +188,11 @@ class FewOpsRMSNorm(torch.nn.Module):
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         super().__init__()
         self.weight, self.eps = weight, eps
-        self.on_cpu = weight.device.type == "cpu"
         self.epsilon = torch.tensor([eps], device=weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] to the same."""
-        if not self.on_cpu:
+        if x.device.type != "cpu":
             return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)

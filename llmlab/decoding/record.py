@@ -80,7 +80,7 @@ def record(
     PackedLinear.multiply = scripted(multiply)
     try:
         with _quiet():
-            traced = torch.jit.trace(body, tuple(arguments(inputs)), check_trace=False)  # type: ignore[no-untyped-call]
+            traced = torch.jit.trace(body, tuple(arguments(inputs)), check_trace=False)  # type: ignore[no-untyped-call]  # untyped in torch
     finally:
         PackedLinear.multiply = multiply
         for module, weight in zip(packed, weights, strict=True):
@@ -122,5 +122,5 @@ def _checked(replay: Replay, inputs: tuple[torch.Tensor | None, ...], expected: 
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*torch.jit")
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]  # not exported
         yield

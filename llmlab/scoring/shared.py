@@ -20,6 +20,8 @@ from llmlab.scoring.encode import Sequence, check_finite
 from llmlab.scoring.pack import Passes, profile
 from llmlab.scoring.trie import Trie, question_tries
 
+SOFTMAX_ROWS = 64  # of logits at once: a few MB in fp32
+
 
 @dataclass(frozen=True)
 class Work:
@@ -160,11 +162,11 @@ def read(asked: Inputs, logits: torch.Tensor) -> Forward:
     greedy = torch.empty(len(asked.where), dtype=torch.bool, device=logits.device)
     # Soft-max in fp32 over a few rows at a time. As log_softmax, not logsumexp: torch's CPU kernels differ by 1e-5 nats
     # a token, and the reference path and lm-evaluation-harness use this one.
-    for chunk, few in enumerate(torch.split(logits, 64)):
-        here = (asked.where // 64 == chunk).nonzero().squeeze(-1)  # the triples that ask these rows
+    for chunk, few in enumerate(torch.split(logits, SOFTMAX_ROWS)):
+        here = (asked.where // SOFTMAX_ROWS == chunk).nonzero().squeeze(-1)  # the triples that ask these rows
         if len(here):
-            row, here = (asked.where[here] % 64).to(logits.device), here.to(logits.device)
-            predictions = few.float().log_softmax(dim=-1)  # [64, vocabulary]
+            row, here = (asked.where[here] % SOFTMAX_ROWS).to(logits.device), here.to(logits.device)
+            predictions = few.float().log_softmax(dim=-1)  # [rows, vocabulary]
             values[here] = predictions[row, asked.targets[here]]
             greedy[here] = values[here] == predictions.amax(dim=-1)[row]
     return Forward(asked.scored, values.tolist(), greedy.tolist(), len(logits))
