@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llmlab.errors import InputError
-from llmlab.options import Device, Dtype, Json, Model, check_outputs, finish, load_model, read_rows
+from llmlab.options import Device, Dtype, Json, Model, check_outputs, finish, load_half, load_model, read_rows
 from llmlab.paths import check_writable, home
 from llmlab.terminal import ablation_table, console, print_metrics, write_json
 
@@ -91,7 +91,7 @@ def bench_scoring(
     data: Annotated[str, typer.Option(help="everyday (built in), hellaswag, or a JSON Lines file.")] = "everyday",
     limit: Annotated[int | None, typer.Option(help="Use the first N questions.")] = None,
     repeats: Annotated[int, typer.Option(help="Counted rounds, interleaved.")] = 5,
-    dtype: Annotated[str, typer.Option(help="The exact dtype; bf16 (fp16 beside fp16) is measured too.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="The exact dtype; half precision is measured too, if fast here.")] = "fp32",
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -104,8 +104,8 @@ def bench_scoring(
         raise InputError(f"{repeats} repeats: give a positive number.")
     questions = read_rows(data, limit)
     lm, _ = load_model(model, dtype, device, None, None, False)
-    half, _ = load_model(model, "fp16" if lm.dtype == "fp16" else "bf16", device, None, None, False)
-    with console.status(f"{len(questions)} questions, {repeats} rounds of five candidates, then the ablation"):
+    half = load_half(lm, model, device)
+    with console.status(f"{len(questions)} questions, {repeats} rounds of all candidates, then the ablation"):
         result = bench_module.bench_scoring(lm, half, questions, repeats=repeats)
     measured = bench_module.measurement(result)
     print_metrics(f"{model} on {len(questions)} questions of {data}", measured.metrics(), measured.protocol)
@@ -203,7 +203,7 @@ def bench_decoding(
     texts = sources.read_prompts(prompts) if prompts else sources.prompts()
     source = resolve(model)
     lm, _ = load_model(model, "fp32", device, None, None, False)
-    half, _ = load_model(model, None if lm.device.type == "cuda" else "bf16", device, None, None, False)
+    half = load_half(lm, model, device)
     with console.status(f"{len(texts)} prompts, {repeats} rounds"):
         result = bench_module.bench_decoding(
             lm, half, self_4bit(lm), texts, gguf=source.location if source.kind == "gguf" else None,

@@ -10,6 +10,7 @@ from llmlab.decoding.cost import best_k, speedup
 from llmlab.decoding.drafts import Draft, PromptLookup, SelfDraft, as_draft
 from llmlab.decoding.engine import Engine
 from llmlab.errors import InputError
+from llmlab.kernels.fast import packed_dtype
 from llmlab.loading import load
 from llmlab.model import LM
 from llmlab.quantization.calibrate import quantize
@@ -45,7 +46,7 @@ def named_drafts(lm: LM, names: str) -> list[Draft]:
 
 
 def self_4bit(lm: LM, quantized: LM | None = None) -> LM:
-    """A model's own 4-bit copy, output head included, with the activations for which the kernel is fast.
+    """A model's own 4-bit copy, output head included, with the activations that are fast on this device.
 
     Rounded to nearest in groups of 32 within seconds; or `quantized`, such as `llmlab.quantize(lm)` makes with GPTQ in
     minutes. What a draft loses costs speed, never exactness.
@@ -53,8 +54,7 @@ def self_4bit(lm: LM, quantized: LM | None = None) -> LM:
     if any(isinstance(m, QuantLinear) for m in lm.model.modules()):
         raise InputError(f"{lm.name} is quantized: its own 4-bit copy is itself. Draft with lookup or a smaller model.")
     packed = quantized or quantize(lm, method="rtn", scheme=Scheme(4, GROUP, search=False))
-    dtype = "bf16" if lm.device.type == "cpu" else lm.dtype
-    packed = with_dtype(packed, dtype)
+    packed = with_dtype(packed, packed_dtype(lm.device) if lm.device.type == "cpu" else lm.dtype)
     head = packed.model.get_output_embeddings()
     scheme = Scheme(4, GROUP)
     if type(head) is torch.nn.Linear and head.in_features % GROUP == 0 and head.out_features % 8 == 0:

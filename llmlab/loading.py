@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmlab.card import ModelCard, card_from_config
 from llmlab.errors import InputError
 from llmlab.gguf import converted
+from llmlab.kernels.fast import packed_dtype
 from llmlab.model import DTYPES, LM, check_device, check_dtype
 from llmlab.quantization.checkpoint import read_model, settings_of
 from llmlab.sources import Source, fingerprint, read_config, resolve, shape_config
@@ -43,8 +44,8 @@ def load(
     Args:
         name: "smollm2" (built in), a Hub id ("facebook/opt-30b"), a folder, a .gguf file, or "random:llama-30b" for a
             shipped shape with random weights (speed work).
-        dtype: "fp32", "bf16" or "fp16"; by default fp32 on CPU (bf16 for GPTQ checkpoints, whose kernels want it), bf16
-            on CUDA from compute capability 8.0, fp16 below.
+        dtype: "fp32", "bf16" or "fp16"; by default fp32 on CPU, bf16 on CUDA from compute capability 8.0, fp16 below;
+            for GPTQ checkpoints on CPU bf16 where this processor multiplies it fast, which was measured, else fp32.
         device: "cpu", "cuda", "cuda:1"...; by default CUDA where there is a GPU.
         bitsandbytes: "int8" (LLM.int8(), arXiv 2208.07339), "nf4" or "fp4" (arXiv 2305.14314), quantized at load.
         layers: keep this many decoder layers; for random weights only.
@@ -75,8 +76,8 @@ def load(
     settings = settings_of(config)
     if settings and bitsandbytes:
         raise InputError(f"{name} is quantized with GPTQ already: load it without bitsandbytes.")
-    if settings and asked is None and where.type == "cpu":
-        dtype = "bf16"
+    if settings and asked is None:
+        dtype = packed_dtype(where)
     card = card_from_config(config, name, dtype)
     if source.kind == "random":
         return LM(_random_model(config, dtype, where, seed), None, card, name, revision=f"seed:{seed}")

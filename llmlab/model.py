@@ -14,9 +14,10 @@ from huggingface_hub import save_torch_state_dict
 
 from llmlab.card import ModelCard
 from llmlab.errors import InputError
+from llmlab.kernels import fast
 from llmlab.paths import new_folder
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = fast.DTYPES
 DTYPE_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
 
 
@@ -121,10 +122,7 @@ def decoder_layers(model: Any) -> tuple[str, torch.nn.ModuleList]:
 def check_dtype(dtype: str | None, device: torch.device) -> str:
     """A dtype's short name; chosen for the device when None. Raises InputError for an unknown one."""
     if dtype is None:
-        if device.type != "cuda":
-            return "fp32"
-        # Volta and Turing have no bf16 arithmetic: on them it would run, emulated and slow.
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        return fast.default_dtype(device)
     short = DTYPE_ALIASES.get(dtype, dtype)
     if short not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")

@@ -71,6 +71,17 @@ def load_model(
     return lm, time.perf_counter() - begin
 
 
+def load_half(lm: LM, model: str, device: str | None) -> LM | None:
+    """The same model in the half precision that is fast on its device; None, with a sentence, where none is."""
+    from llmlab.kernels.fast import advice, half_dtype
+
+    dtype = half_dtype(lm.device)
+    if dtype is None:
+        console.print(f"half precision is left out: {advice(lm.device)}", highlight=False, soft_wrap=True)
+        return None
+    return load_model(model, dtype, device, None, None, False)[0]
+
+
 def measuring(run: Callable[[], Any], lm: LM) -> tuple[Any, Energy]:
     """What `run` returns, and the energy that it took on the model's device, where that can be measured."""
     from llmlab.measure.energy import measure_energy

@@ -21,7 +21,7 @@ from llmlab.data import Question
 from llmlab.decoding.generate import generate
 from llmlab.decoding.result import GenerateResult
 from llmlab.errors import InputError, NumericalError
-from llmlab.matmul import fastest_matmuls
+from llmlab.kernels.plain import fastest_matmuls
 from llmlab.paths import new_folder
 from llmlab.quantization.calibrate import ROWS, Report, calibration_rows, quantize
 from llmlab.quantization.gptq import Factor, gptq, relative_error

@@ -108,6 +108,10 @@ def doctor_table(found: dict[str, Any]) -> Table:
     for kernel in found["kernels"]:
         usable = kernel["usable"]
         row(kernel["kernel"], f"{'usable' if usable else 'no'}: {kernel['reason']}", "green" if usable else "yellow")
+    for operation, speed in found["fast"].items():
+        row(operation, f"{speed['rate'] / 1e9:.1f} G{speed['unit']}")
+    row("default dtype", found["default_dtype"])
+    row("advice", found["advice"], "bold")
     for energy in found["energy"]:
         usable = energy["usable"]
         answer = "measured" if usable else "not measured here"

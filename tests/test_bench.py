@@ -37,7 +37,10 @@ def llama(tiny_folders):
 
 @pytest.mark.parametrize("onednn", [True, False])
 def test_every_exact_step_of_the_ablation_gives_the_same_answers(llama, half, rows, onednn, monkeypatch):
-    monkeypatch.setattr("llmlab.matmul.onednn_is_faster", lambda: onednn)
+    library = "oneDNN" if onednn else "torch"
+    monkeypatch.setattr(
+        "llmlab.kernels.plain.fastest_library", lambda dtype: library if dtype == torch.float32 else "torch"
+    )
     steps = ablation(llama, half, rows[:6], {"fp32": 1e9, "bf16": 1e9}, min_runs=2)
     assert list(steps["step"]) == [
         "arrival order, batches of 8", "sorted by length", "length-profiled batches", "shared question", "token trie",
@@ -49,6 +52,11 @@ def test_every_exact_step_of_the_ablation_gives_the_same_answers(llama, half, ro
     assert (steps["padding"][3:] == 0).all()
     assert steps["padding"][1] <= steps["padding"][0]
     assert (steps["seconds"] > 0).all()
+
+
+def test_the_ablation_leaves_out_a_half_precision_that_is_not_fast(llama, rows):
+    steps = ablation(llama, None, rows[:2], {"fp32": 1e9}, min_runs=1)
+    assert set(steps["dtype"]) == {"fp32"}
 
 
 def test_pruning_the_last_layer_is_exact_and_undone(smollm2, rows):

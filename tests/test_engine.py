@@ -7,7 +7,8 @@ import llmlab
 from llmlab import InputError
 from llmlab.decoding import fewrows
 from llmlab.decoding.engine import RECORD, Engine
-from llmlab.decoding.fewrows import PackedLinear
+from llmlab.decoding.fewrows import PackedLinear, WidenedRows
+from llmlab.kernels.plain import onednn_takes
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.linear import QuantLinear
 
@@ -117,29 +118,49 @@ def test_sliding_windows_are_refused(tiny_folders):
         Engine(lm)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+HALF_TAKEN = [torch.bfloat16] if onednn_takes(torch.bfloat16) else []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_TAKEN])
 def test_both_layouts_of_a_matrix_give_its_product(dtype):
+    check_both_ways(PackedLinear, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_by_way_of_fp32_gives_its_product(dtype):
+    check_both_ways(WidenedRows, dtype)
+
+
+def check_both_ways(kind, dtype):
     linear = torch.nn.Linear(96, 40, dtype=dtype)
-    packed = PackedLinear(linear)
+    module = kind(linear)
     x = torch.randn(2, 3, 96, dtype=dtype)
-    packed.rows_of_torch = 6
-    assert torch.equal(packed(x), linear(x))
-    packed.rows_of_torch = 5  # six rows are more than that
-    assert torch.allclose(packed(x), linear(x), atol=1e-5 if dtype == torch.float32 else 2e-2)
+    module.rows_of_torch = 6
+    assert torch.equal(module(x), linear(x))
+    module.rows_of_torch = 5  # six rows are more than that
+    assert torch.allclose(module(x), linear(x), atol=1e-5 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize(("torch_seconds", "expected"), [((2, 2, 2, 2), 0), ((1, 1, 2, 1), 2), ((1, 1, 1, 1), 5)])
-def test_the_layout_of_few_rows_is_the_one_measured_to_be_faster(torch_seconds, expected, monkeypatch):
+@pytest.mark.parametrize(("torch_speeds", "expected"), [((1, 1, 1, 1), 0), ((2, 2, 1, 2), 2), ((2, 2, 2, 2), 5)])
+def test_the_layout_of_few_rows_is_the_one_measured_to_be_faster(torch_speeds, expected, monkeypatch):
     asked = []
 
-    def seconds(linears, rows):
-        asked.append(rows)
-        return 1.5, torch_seconds[len(asked) - 1]
+    def faster(plain, other, counted):
+        asked.append(plain.args[1])
+        return torch_speeds[len(asked) - 1]
 
     monkeypatch.setattr(fewrows, "_measured", {})
-    monkeypatch.setattr(fewrows, "_seconds", seconds)
+    monkeypatch.setattr(fewrows, "faster", faster)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
     fewrows.prepare(model, torch.float32)
     fewrows.prepare(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(8, 8)), torch.float32)
     assert [module.rows_of_torch for module in model] == [expected, expected]
     assert asked == sorted(set(asked))  # once for these shapes
+
+
+def test_no_way_that_this_processor_lacks_is_tried(monkeypatch):
+    monkeypatch.setenv("LLMLAB_WITHOUT_BF16", "1")
+    monkeypatch.setattr(fewrows, "slow_on_cpu", lambda dtype: dtype == torch.bfloat16)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8).bfloat16(), torch.nn.Linear(8, 4))
+    fewrows.prepare(model, torch.bfloat16)
+    assert [type(module) for module in model] == [WidenedRows, PackedLinear]

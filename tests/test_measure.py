@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from llmlab import Metric
-from llmlab.measure import clock, environment, phases, profile, roofline
+from llmlab.base import clock
+from llmlab.measure import environment, phases, profile, roofline
 
 
 def test_compare_interleaves_and_drops_the_warm_up():

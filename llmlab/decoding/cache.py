@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from llmlab.kernels.plain import slow_on_cpu
+
 NAME = "llmlab_cache"
 
 
 class Cache:
     """Static buffers for keys and values: [rows, kv_heads, capacity, d] a layer, made when a layer first writes.
 
+    In fp32 where the processor is slow at half precision: attention then works in fp32, too (see `attend`).
     `batch` rows are in use, the first ones; `lengths`: tokens held by each.
     """
 
@@ -35,7 +38,9 @@ class Cache:
         """Keys and values of a layer in the rows in use; `like` is what comes in, [batch, kv_heads, width, d]."""
         if index not in self.buffers:
             shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
-            self.buffers[index] = (like.new_zeros(shape), like.new_zeros(shape))
+            wide = like.device.type == "cpu" and slow_on_cpu(like.dtype)
+            dtype = torch.float32 if wide else like.dtype
+            self.buffers[index] = (like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype))
         keys, values = self.buffers[index]
         return keys[: self.batch], values[: self.batch]
 

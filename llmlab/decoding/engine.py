@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from llmlab.base.clock import seconds_of
 from llmlab.decoding import fewrows
 from llmlab.decoding.attend import attend
 from llmlab.decoding.cache import NAME, Cache, Pass
@@ -250,11 +251,9 @@ class Engine:
         runs: dict[int, list[float]] = {w: [] for w in widths}
         for turn in range(RECORD + 1 + repeats):
             for width in widths:
-                begin = time.perf_counter()
-                self.forward([[0] * width] * rows)
-                _wait(self.device)
+                seconds = seconds_of(partial(self.forward, [[0] * width] * rows), self.device)
                 if turn > RECORD:  # those before are warm-ups, and record the passes
-                    runs[width].append(time.perf_counter() - begin)
+                    runs[width].append(seconds)
         least = 0.0
         for width, times in runs.items():
             least = max(least, statistics.median(times))  # a wider pass is never cheaper: that would be noise
@@ -277,8 +276,3 @@ def _shorten(model: Any, layers: int) -> None:
         for name, child in list(module._modules.items()):
             if isinstance(child, torch.nn.ModuleList) and len(child) == model.config.num_hidden_layers:
                 module._modules[name] = torch.nn.ModuleList(list(child)[:layers])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

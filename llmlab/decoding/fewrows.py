@@ -7,18 +7,22 @@ weights once, and the rest is overhead. So, in a copy of the module tree that sh
 * on CPU the weights of a plain Linear are laid out in oneDNN's blocks, too. On two AMD EPYC cores one fp32 row then
   takes half the time of torch's default, and five rows cost no more than one. On two Intel Xeon cores five fp32 rows
   take 0.7 of the time, but one takes 1.2 of it: so up to how many rows torch's layout serves is measured;
+* half precision that oneDNN does not take on this processor is widened to fp32 on the way, from as many rows on as that
+  pays (measured, too);
 * an RMSNorm becomes few operations, where that gives the same numbers.
 
 Lossless up to rounding: a sum may run in another order.
 """
 
 import copy
-import statistics
-import time
+from functools import partial
 from types import MethodType
 from typing import Any, ClassVar, Optional, cast
 
 import torch
+
+from llmlab.base.clock import faster
+from llmlab.kernels.plain import onednn_takes, slow_on_cpu, widened_linear
 
 TOGETHER = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
 FEW = (1, 2, 3, 5)  # rows at which the two layouts are compared
@@ -51,19 +55,25 @@ def prepare(model: torch.nn.Module, dtype: torch.dtype, *, pack: bool = True) ->
         for name, child in list(parent._modules.items()):
             if pack and type(child) is torch.nn.Linear and _packs(child):
                 setattr(parent, name, PackedLinear(child))
+            elif pack and type(child) is torch.nn.Linear and child.weight.device.type == "cpu" and _widens(child):
+                setattr(parent, name, WidenedRows(child))
             elif type(child).__name__.endswith("RMSNorm"):
                 setattr(parent, name, _rms_norm(child))
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    if packed:
-        rows = _rows_of_torch(packed)
-        for module in packed:
+    laid_out = [module for module in model.modules() if isinstance(module, PackedLinear | WidenedRows)]
+    if laid_out:
+        rows = _rows_of_torch(laid_out)
+        for module in laid_out:
             module.rows_of_torch = rows
 
 
 def _packs(linear: torch.nn.Linear) -> bool:
     weight = linear.weight
     known = weight.dtype in (torch.float32, torch.bfloat16) and weight.numel() > 0
-    return weight.device.type == "cpu" and known and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]  # untyped in torch
+    return weight.device.type == "cpu" and known and onednn_takes(weight.dtype)
+
+
+def _widens(linear: torch.nn.Linear) -> bool:
+    return linear.weight.numel() > 0 and slow_on_cpu(linear.weight.dtype)
 
 
 def multiply(x: torch.Tensor, packed: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:  # noqa: UP045
@@ -94,11 +104,27 @@ class PackedLinear(torch.nn.Module):
 
 PackedLinear.multiply = multiply
 
+
+class WidenedRows(torch.nn.Module):
+    """y = x W^T + b with W in a half precision that this processor is slow at: above `rows_of_torch` rows by fp32."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self._forward_hooks = linear._forward_hooks  # tensor parallelism's all-reduce
+        self.rows_of_torch = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] to [..., out]."""
+        few = x.shape[:-1].numel() <= self.rows_of_torch
+        return (torch.nn.functional.linear if few else widened_linear)(x, self.weight, self.bias)
+
+
 _measured: dict[Any, int] = {}
 
 
-def _rows_of_torch(linears: list[PackedLinear]) -> int:
-    """Up to how many rows torch's layout beats oneDNN's on these matrices; measured once for their shapes."""
+def _rows_of_torch(linears: list[Any]) -> int:
+    """Up to how many rows torch's own way beats the other one on these matrices; measured once for their shapes."""
     weight = linears[0].weight
     key = (weight.dtype, frozenset(m.weight.shape for m in linears), torch.get_num_threads())
     if key not in _measured:
@@ -109,27 +135,20 @@ def _rows_of_torch(linears: list[PackedLinear]) -> int:
                 size += module.weight.numel() * module.weight.element_size()
         _measured[key] = 0
         for rows in FEW:
-            packed, plain = _seconds(some, rows)
-            if plain > 0.95 * packed:
+            other, plain = (partial(_multiply_all, some, rows, limit) for limit in (0, rows))
+            if faster(plain, other, counted=3) < 1 / 0.95:
                 break
             _measured[key] = rows
     return _measured[key]
 
 
 @torch.inference_mode()
-def _seconds(linears: list[PackedLinear], rows: int) -> tuple[float, float]:
-    """Of multiplying by all of them: in oneDNN's layout and in torch's, interleaved, medians of 3 after a warm-up."""
-    dtype = linears[0].weight.dtype
-    x = {m.weight.shape[1]: torch.randn(rows, m.weight.shape[1]).to(dtype) for m in linears}
-    times: dict[int, list[float]] = {0: [], rows: []}
-    for _ in range(4):
-        for limit, seconds in times.items():
-            begin = time.perf_counter()
-            for module in linears:
-                module.rows_of_torch = limit
-                module.forward(x[module.weight.shape[1]])  # without hooks: the all-reduce of other ranks would wait
-            seconds.append(time.perf_counter() - begin)
-    return statistics.median(times[0][1:]), statistics.median(times[rows][1:])
+def _multiply_all(linears: list[Any], rows: int, limit: int) -> None:
+    """Rows times all of them, in torch's way up to `limit` rows."""
+    for module in linears:
+        module.rows_of_torch = limit
+        x = torch.zeros(rows, module.weight.shape[1], dtype=module.weight.dtype)
+        module.forward(x)  # without hooks: the all-reduce of other ranks would wait
 
 
 class First(torch.nn.Module):

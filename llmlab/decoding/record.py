@@ -9,6 +9,7 @@ nothing that ships with torch does this on a CPU as well.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 
 from llmlab.decoding.fewrows import PackedLinear, multiply
+from llmlab.kernels.fast import machine
+from llmlab.paths import cache_folder
 
 Replay = Callable[..., torch.Tensor]
 
@@ -92,6 +95,8 @@ def compiled(
     run: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor | None, ...], expected: torch.Tensor
 ) -> Replay | None:
     """The same by torch.compile: inductor's kernels on CPU, CUDA graphs on a GPU."""
+    # Inductor's own cache does not ask which processor a kernel was made for, and home folders move between them.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor" / machine()))
     mode = "reduce-overhead" if expected.device.type == "cuda" else None
     graph = torch.compile(run, dynamic=False, mode=mode)
 

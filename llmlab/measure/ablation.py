@@ -1,7 +1,7 @@
 """The challenge's optimizations one by one: what each step saves, and that none changes the answers.
 
 arrival order -> sorted -> length-profiled batches -> shared question -> trie -> answer-only head -> last layer pruned
--> oneDNN's matmuls (fp32 on CPU, where they are faster) -> bf16. Every step keeps the ones before it.
+-> oneDNN's matmuls (fp32 on CPU, where they are faster) -> bf16 (where that is fast). Every step keeps those before it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
+from llmlab.base.clock import compare
 from llmlab.data import Question
-from llmlab.matmul import fastest_matmuls, onednn_helps
-from llmlab.measure.clock import compare
+from llmlab.kernels.plain import fastest_matmuls, onednn_helps
 from llmlab.model import LM
 from llmlab.scoring import reference, shared
 from llmlab.scoring.attention import tries_attend
@@ -39,13 +39,13 @@ class Step:
 
 
 def ablation(
-    lm: LM, half: LM, questions: list[Question], matmul_rates: dict[str, float], *, min_runs: int = 3
+    lm: LM, half: LM | None, questions: list[Question], matmul_rates: dict[str, float], *, min_runs: int = 3
 ) -> pd.DataFrame:
     """Time every step interleaved.
 
     Args:
         lm: the model in fp32 (or the dtype that counts as exact).
-        half: the same model in bf16 or fp16.
+        half: the same model in bf16 or fp16; None where neither is fast.
         questions: what to score.
         matmul_rates: measured FLOP/s of the model's own matmuls by dtype, for MFU.
         min_runs: counted rounds.
@@ -91,7 +91,7 @@ def scoring_flops(lm: LM, tries: list[Trie], head_positions: int) -> int:
     return layers + 2 * lm.card.head_parameters * head_positions
 
 
-def _steps(lm: LM, half: LM, sequences: list[Sequence]) -> list[Step]:
+def _steps(lm: LM, half: LM | None, sequences: list[Sequence]) -> list[Step]:
     budget = profile(lm).budget()
     longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
     tries, stars = question_tries(sequences), question_tries(sequences, share_endings=False)
@@ -107,7 +107,7 @@ def _steps(lm: LM, half: LM, sequences: list[Sequence]) -> list[Step]:
         ("answer-only head", lm, tries, False, False, False),
         ("last layer pruned", lm, tries, False, True, False),
         *([("oneDNN matmuls", lm, tries, False, True, True)] if onednn_helps(lm.model) else []),
-        (half.dtype, half, tries, False, True, True),
+        *([(half.dtype, half, tries, False, True, True)] if half else []),
     ):
         nodes = sum(map(len, made))
         flops = scoring_flops(model, made, nodes if everywhere else asked)

@@ -75,7 +75,7 @@ def run_all(
 
 def bench_decoding(
     lm: LM,
-    half: LM,
+    half: LM | None,
     packed: LM,
     prompts: Sequence[Prompt],
     *,
@@ -89,7 +89,8 @@ def bench_decoding(
     """Everything that the benchmark reports.
 
     Args:
-        lm, half: the model in fp32 and in bf16 (or fp16).
+        lm: the model in fp32.
+        half: in bf16 or fp16; None where neither is fast.
         packed: its own 4-bit copy, as `drafting.self_4bit` makes it.
         prompts: with their kinds.
         gguf: path of the same model's 4-bit file for llama.cpp; None if there is none.
@@ -102,7 +103,7 @@ def bench_decoding(
     Returns:
         A dictionary ready for JSON.
     """
-    exact, quick, small = Engine(lm), Engine(half), Engine(packed)
+    exact, small = Engine(lm), Engine(packed)
     ends = end_tokens(lm)
     single: dict[str, list[Decoder]] = {
         lm.dtype: [
@@ -115,14 +116,16 @@ def bench_decoding(
             own(exact, new_tokens, "self-4bit", packed),
             own(exact, new_tokens, "lookup, self-4bit", packed),
         ],
-        half.dtype: [
+        "4-bit": [own(small, new_tokens)],
+    }
+    if half:
+        quick = Engine(half)
+        single[half.dtype] = [
             transformers_generate(half, new_tokens),
             own(quick, new_tokens),
             own(quick, new_tokens, "lookup"),
             own(quick, new_tokens, "self-4bit", packed),
-        ],
-        "4-bit": [own(small, new_tokens)],
-    }
+        ]
     peer, reason = llamacpp(gguf, new_tokens, ends)
     single["4-bit"] += peer
     rows: list[dict[str, Any]] = []
@@ -152,7 +155,7 @@ def bench_decoding(
         "llamacpp": reason,
         "rows": rows,
     }
-    return found | summary(rows, lm.dtype, half.dtype)
+    return found | summary(rows, lm.dtype, half.dtype if half else None)
 
 
 def compare_rows(
@@ -246,10 +249,12 @@ def _difference(unit: Unit, name: str, reference: Decoder) -> dict[str, Any] | N
     }  # fmt: skip
 
 
-def summary(rows: Sequence[dict[str, Any]], exact: str, half: str) -> dict[str, Any]:
-    """The ratios that sum it up; all kinds together unless the name says otherwise."""
+def summary(rows: Sequence[dict[str, Any]], exact: str, half: str | None) -> dict[str, Any]:
+    """The ratios that sum it up; all kinds together unless the name says otherwise. None for what was not run."""
 
-    def speed(engine: str, draft: str, dtype: str, batch: int = 1, kinds: Sequence[str] = ("all",)) -> float | None:
+    def speed(
+        engine: str, draft: str, dtype: str | None, batch: int = 1, kinds: Sequence[str] = ("all",)
+    ) -> float | None:
         found = [
             r["tokens_per_s"]
             for r in rows

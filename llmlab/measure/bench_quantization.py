@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from llmlab.base.clock import Timing, compare, speedup
 from llmlab.data import Question
 from llmlab.decoding.generate import generate
+from llmlab.kernels.fast import half_dtype, packed_dtype
 from llmlab.loading import load
-from llmlab.measure.clock import Timing, compare, speedup
 from llmlab.measure.memory import peak_bytes
 from llmlab.measure.peers import missing, peer_logits, peer_quantize
 from llmlab.measure.phases import prefill
@@ -61,8 +62,8 @@ def bench_quantization(
 ) -> dict[str, Any]:
     """Everything that the benchmark reports.
 
-    Quality is measured in fp32 on the dequantized weights, so that it is the grid's alone; speed in bf16 with the
-    kernels of this device.
+    Quality is measured in fp32 on the dequantized weights, so that it is the grid's alone; speed with the kernels and
+    the activations that are fast on this device.
 
     Args:
         lm: the model in fp32.
@@ -105,12 +106,12 @@ def bench_quantization(
         about |= {"rotated": turned, "act_order": scheme.act_order, "search": scheme.search}
         add(about | exact.quality(dequantized(quantized)) | _size(quantized) | cost)
         if name in ("rotated GPTQ 4 bits", "GPTQ 4 bits", "GPTQ 8 bits"):
-            kept[name] = with_dtype(quantized, "bf16")
+            kept[name] = with_dtype(quantized)
             if name == "GPTQ 4 bits":
                 own = quantized
     if peers:
         for method in ("int8", "nf4", "fp4"):
-            peer = load(lm.name, dtype="bf16", device=lm.device, bitsandbytes=method)
+            peer = load(lm.name, dtype=packed_dtype(lm.device), device=lm.device, bitsandbytes=method)
             about = {"variant": f"bitsandbytes {method}", "method": f"bitsandbytes-{method}", "group_size": None}
             bits = 8 if method == "int8" else 4
             # Saving and loading do not apply: bitsandbytes quantizes while it loads.
@@ -227,8 +228,10 @@ def _size(lm: LM) -> dict[str, Any]:
 
 
 def _speeds(lm: LM, kept: dict[str, LM], repeats: int) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """Decode and prefill tokens/s of everything in `kept` beside fp32 and bf16, interleaved."""
-    models = {"fp32": lm, "bf16": with_dtype(lm, "bf16")} | kept
+    """Decode and prefill tokens/s of everything in `kept` beside fp32 and half precision, if fast here, interleaved."""
+    half = half_dtype(lm.device)
+    plain = {"fp32": lm} | ({half: with_dtype(lm, half)} if half else {})
+    models = plain | kept
     decoding = {name: [0.0] for name in models}
 
     def decode(name: str) -> Callable[[], None]:
@@ -250,7 +253,7 @@ def _speeds(lm: LM, kept: dict[str, LM], repeats: int) -> tuple[dict[str, dict[s
         for name in models
     }
     ratios: dict[str, Any] = {}
-    for name in ("fp32", "bf16"):
+    for name in plain:
         ratio = speedup(seconds[name], seconds["rotated GPTQ 4 bits"])
         ratios[f"decode_speedup_vs_{name}"] = ratio.value
         ratios[f"decode_speedup_vs_{name}_interval"] = [ratio.low, ratio.high]
@@ -282,7 +285,7 @@ def measurement(result: dict[str, Any]) -> Measurement:
     """The benchmark's main numbers for a record."""
     names = ("best_4bit_over_fp32", "best_3bit_over_fp32", "gptq_over_rtn_4bit", "gptq_over_rtn_3bit")
     values = {name: Metric(result[name], "x") for name in names}
-    for name in ("decode_speedup_vs_fp32", "decode_speedup_vs_bf16"):
+    for name in [n for n in result if n.startswith("decode_speedup_vs_") and not n.endswith("_interval")]:
         values[name] = Metric(result[name], "x", *result[f"{name}_interval"])
     protocol = f"{result['perplexity_protocol']}; {result['calibration_tokens']} calibration tokens"
     assert all(math.isfinite(v.value) for v in values.values())

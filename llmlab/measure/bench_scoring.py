@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmlab.base.clock import Timing, compare, speedup
 from llmlab.data import Question
 from llmlab.errors import InputError
-from llmlab.matmul import onednn_helps, onednn_linear
+from llmlab.kernels.plain import onednn_helps, onednn_linear
 from llmlab.measure.ablation import ablation, branch_and_bound, scoring_flops
-from llmlab.measure.clock import Timing, compare, speedup
 from llmlab.measure.memory import peak_bytes
 from llmlab.measure.record import Measurement
 from llmlab.model import LM
@@ -53,15 +53,15 @@ def best_batch_size(lm: LM, questions: list[Question], *, min_runs: int = 2) -> 
     return min(seconds, key=lambda size: seconds[size]), seconds
 
 
-def bench_scoring(lm: LM, half: LM, questions: list[Question], *, repeats: int = 5) -> dict[str, Any]:
+def bench_scoring(lm: LM, half: LM | None, questions: list[Question], *, repeats: int = 5) -> dict[str, Any]:
     """Everything that the benchmark reports.
 
-    Five candidates score the same questions from text, tokenization included, interleaved in this process: the harness
-    at its best batch size in both dtypes, the reference path, and shared-prefix scoring in both dtypes.
+    The candidates score the same questions from text, tokenization included, interleaved in this process: the harness
+    at its best batch size, the reference path and shared-prefix scoring; harness and shared in half precision, too.
 
     Args:
         lm: the model in the exact dtype (fp32).
-        half: the same model in bf16 or fp16.
+        half: the same model in bf16 or fp16; None where neither is fast: then what needs it is left out.
         questions: what to score.
         repeats: counted rounds, at least 5 for a report.
 
@@ -69,7 +69,6 @@ def bench_scoring(lm: LM, half: LM, questions: list[Question], *, repeats: int =
         A dictionary ready for JSON; ratios carry their 95 % interval under `..._interval`.
     """
     batch_size, tuning = best_batch_size(lm, questions)
-    batch_size_half, tuning_half = best_batch_size(half, questions)
     found: dict[str, list[float]] = {}
 
     def keep(name: str, run: Callable[[], list[float]]) -> Callable[[], None]:
@@ -80,16 +79,22 @@ def bench_scoring(lm: LM, half: LM, questions: list[Question], *, repeats: int =
 
     candidates = {
         "lm_eval": keep("lm_eval", harness_scorer(lm, questions, batch_size)),
-        "lm_eval_half": keep("lm_eval_half", harness_scorer(half, questions, batch_size_half)),
         "reference": keep("reference", lambda: reference.log_probs(lm, encode(lm, questions))[0]),
         "shared": keep("shared", lambda: shared.log_probs(lm, encode(lm, questions)).log_probs),
-        "shared_half": keep("shared_half", lambda: shared.log_probs(half, encode(half, questions)).log_probs),
     }
-    for model in (lm, half):  # the profile is measured before the clock runs; three jobs are enough for 40 questions
+    models = {"shared": lm}
+    if half:
+        batch_size_half, tuning_half = best_batch_size(half, questions)
+        candidates["lm_eval_half"] = keep("lm_eval_half", harness_scorer(half, questions, batch_size_half))
+        candidates["shared_half"] = keep(
+            "shared_half", lambda: shared.log_probs(half, encode(half, questions)).log_probs
+        )
+        models["shared_half"] = half
+    for model in models.values():  # the profile is measured before the clock runs: three jobs for 40 questions
         for _ in range(3):
             shared.log_probs(model, encode(model, questions))
     peak_memory = peak_bytes(candidates["shared"], lm.device)
-    for model in (lm, half):
+    for model in models.values():
         candidates[f"matmul {model.dtype}"] = own_matmuls(model, torch.nn.functional.linear)
     if onednn := onednn_helps(lm.model):
         candidates[f"matmul {lm.dtype} oneDNN"] = own_matmuls(lm, onednn_linear)
@@ -100,24 +105,27 @@ def bench_scoring(lm: LM, half: LM, questions: list[Question], *, repeats: int =
     tries = question_tries(sequences)
     asked = sum(trie.asked for trie in tries)
     flops = scoring_flops(lm, tries, asked)
-    mfu = {
-        model.dtype: flops / timings[name].median.value / rates[model.dtype]
-        for model, name in ((lm, "shared"), (half, "shared_half"))
-    }
+    mfu = {model.dtype: flops / timings[name].median.value / rates[model.dtype] for name, model in models.items()}
     steps = ablation(lm, half, questions, rates, min_runs=3)
-    return {
+    in_half: dict[str, Any] = {}
+    if half:
+        in_half = {
+            "half": half.dtype,
+            **_ratio("speedup_bf16", timings["lm_eval_half"], timings["shared_half"]),
+            **_ratio("speedup_bf16_vs_lm_eval_fp32", timings["lm_eval"], timings["shared_half"]),
+            "bf16": _agreement(questions, found["lm_eval"], found["shared_half"]),
+            "mfu_bf16": mfu[half.dtype],
+            "lm_eval_batch_size_bf16": batch_size_half,
+            "lm_eval_tuning_seconds_bf16": tuning_half,
+        }
+    return in_half | {
         "n": len(questions),
         "dtype": lm.dtype,
-        "half": half.dtype,
         "repeats": repeats,
         **_ratio("speedup_vs_lm_eval", timings["lm_eval"], timings["shared"]),
-        **_ratio("speedup_bf16", timings["lm_eval_half"], timings["shared_half"]),
-        **_ratio("speedup_bf16_vs_lm_eval_fp32", timings["lm_eval"], timings["shared_half"]),
         **_ratio("speedup_vs_reference", timings["reference"], timings["shared"]),
         **_agreement(questions, found["lm_eval"], found["shared"]),
-        "bf16": _agreement(questions, found["lm_eval"], found["shared_half"]),
         "mfu": mfu[lm.dtype],
-        "mfu_bf16": mfu[half.dtype],
         "mfu_of_onednn": mfu[lm.dtype] * rates[lm.dtype] / rates[f"{lm.dtype} oneDNN"] if onednn else None,
         "matmul_flops": rates,
         "tokens_full": sum(len(s.ids) for s in sequences),
@@ -126,9 +134,7 @@ def bench_scoring(lm: LM, half: LM, questions: list[Question], *, repeats: int =
         "seconds": {name: timing.median.value for name, timing in timings.items()},
         "seconds_all": {name: timing.seconds for name, timing in timings.items()},
         "lm_eval_batch_size": batch_size,
-        "lm_eval_batch_size_bf16": batch_size_half,
         "lm_eval_tuning_seconds": tuning,
-        "lm_eval_tuning_seconds_bf16": tuning_half,
         "ablation": steps.to_dict("records"),
         "branch_and_bound_saved_at_most": branch_and_bound(lm, questions),
     }

@@ -27,7 +27,8 @@ class Combination:
     """One point of the grid.
 
     Attributes:
-        precision: of the weights: "fp32", "bf16", "8 bits", "4 bits" or "3 bits"; activations are bf16 below fp32.
+        precision: of the weights: "fp32", "bf16", "8 bits", "4 bits" or "3 bits"; activations below fp32 are
+            what is fast on the machine (its record says in `dtype`).
         method: how they came to it: "none", "rtn", "gptq", "rotated gptq", or bitsandbytes' "int8" (8 bits) and "nf4"
             (4 bits).
         sharding: "1", or a layout such as "data 2", "pipeline 2", "tensor 2", "data 2 x pipeline 2".

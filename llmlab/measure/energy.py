@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from llmlab.measure.clock import synchronize
+from llmlab.base.clock import synchronize
 from llmlab.stats import Metric
 
 POWERCAP = Path("/sys/class/powercap")

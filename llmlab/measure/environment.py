@@ -16,8 +16,10 @@ import torch
 
 from llmlab import __version__
 from llmlab.errors import InputError
-from llmlab.matmul import onednn_is_faster
+from llmlab.kernels import fast
+from llmlab.kernels.plain import fastest_library, onednn_takes, slow_on_cpu
 from llmlab.measure.energy import availability
+from llmlab.model import check_device
 from llmlab.paths import PACKAGE
 from llmlab.sources import BUILTIN, resolve
 
@@ -99,14 +101,14 @@ def kernels() -> list[tuple[str, bool, str]]:
     no_gpu = "no CUDA device"
     bf16_gpu = capability is not None and capability >= (8, 0)
     have = versions(OPTIONAL)
-    faster = onednn_is_faster()
-    avx512_bf16 = _cpu_flag("avx512_bf16") or _cpu_flag("amx_bf16")
+    faster = fastest_library(torch.float32) == "oneDNN"
     return [
         ("fp32 matmul, CPU", True, f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
         ("fp32 matmul, CPU, oneDNN", faster, "faster than torch's default here" if faster else "not faster here"),
-        ("bf16 matmul, CPU", True, "native" if avx512_bf16 else "runs, but without AVX512-BF16 or AMX it is slow"),
-        ("int4 packed matmul, CPU", hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"), "torch, bf16 activations"),
-        ("int8 packed matmul, CPU", hasattr(torch.ops.aten, "_weight_int8pack_mm"), "torch, bf16 activations"),
+        ("bf16 matmul, CPU", True, _half_on_cpu(torch.bfloat16)),
+        ("fp16 matmul, CPU", True, _half_on_cpu(torch.float16)),
+        ("int4 packed matmul, CPU", True, "torch, activations rounded to bf16"),
+        ("int8 packed matmul, CPU", True, "torch, activations rounded to bf16"),
         ("bf16 matmul, GPU", bf16_gpu, _why(capability, (8, 0)) if cards else no_gpu),
         ("int4 packed matmul, GPU", False, "torch has one, llmlab uses Triton's"),
         ("2, 3, 4, 8-bit matmul, GPU, Triton", bool(cards) and "triton" in have, "package triton" if cards else no_gpu),
@@ -121,12 +123,17 @@ def energy() -> list[tuple[str, bool, str]]:
 
 
 def inventory() -> dict[str, Any]:
-    """Everything a bug report needs, ready for JSON: llmlab, hardware, libraries, built-in model, kernels, energy."""
+    """Everything a bug report needs, ready for JSON.
+
+    Keys: `llmlab`, `commit`, `hardware`, `libraries`, `builtin_model`, `kernels`, `fast` (measured on this CPU:
+    {operation: {rate, unit}}), `default_dtype`, `advice` (a sentence) and `energy`.
+    """
     installed = versions(LIBRARIES + OPTIONAL)
     try:
         model = {"found": True, "where": Path(resolve(BUILTIN).location).name}
     except InputError as error:
         model = {"found": False, "where": str(error)}
+    device = check_device(None)
     return {
         "llmlab": __version__,
         "commit": git_commit(),
@@ -134,6 +141,9 @@ def inventory() -> dict[str, Any]:
         "libraries": {name: installed.get(name) for name in LIBRARIES + OPTIONAL},
         "builtin_model": model,
         "kernels": [{"kernel": what, "usable": usable, "reason": why} for what, usable, why in kernels()],
+        "fast": {str(p): {"rate": fast.rate(p, value), "unit": fast.unit(p)} for p, value in fast.table().items()},
+        "default_dtype": fast.default_dtype(device),
+        "advice": fast.advice(device),
         "energy": [{"device": what, "usable": usable, "reason": why} for what, usable, why in energy()],
     }
 
@@ -149,6 +159,7 @@ def _or_install(version: str | None, extra: str) -> str:
     return version or f"not installed: pip install 'llmlab[{extra}]'"
 
 
-def _cpu_flag(flag: str) -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and flag in cpuinfo.read_text().split()
+def _half_on_cpu(dtype: torch.dtype) -> str:
+    if onednn_takes(dtype):
+        return "native, oneDNN"
+    return "by way of fp32: faster than this processor's own" if slow_on_cpu(dtype) else "torch, without oneDNN"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
-from llmlab.measure.clock import Timing
+from llmlab.base.clock import Timing
 from llmlab.measure.record import Measurement
 from llmlab.measure.roofline import Peaks
 from llmlab.model import LM

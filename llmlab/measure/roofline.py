@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmlab.measure.clock import compare
+from llmlab.base.clock import compare
 from llmlab.model import DTYPES
 from llmlab.stats import Metric
 

@@ -26,6 +26,7 @@ from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import check_settings, encode_prompts, generate
 from llmlab.drafting import named_drafts
 from llmlab.errors import InputError
+from llmlab.kernels.fast import packed_dtype
 from llmlab.loading import load
 from llmlab.measure.combination import Combination
 from llmlab.measure.energy import availability, joules_per_1000_tokens, measure_energy
@@ -143,10 +144,10 @@ def measure_point(
 
 
 def transformed(exact: LM, combination: Combination, calibration: str, rows: int) -> LM:
-    """The fp32 model as the combination wants it: the same, bf16, or quantized with bf16 activations."""
+    """The fp32 model as the combination wants it: the same, bf16, or quantized with the activations fast here."""
     method = combination.method
     if method in ("int8", "nf4"):
-        return load(exact.name, dtype="bf16", device=exact.device, bitsandbytes=method)
+        return load(exact.name, dtype=packed_dtype(exact.device), device=exact.device, bitsandbytes=method)
     if method == "none":
         return exact if combination.precision == "fp32" else with_dtype(exact, "bf16")
     bits = combination.bits
@@ -154,7 +155,7 @@ def transformed(exact: LM, combination: Combination, calibration: str, rows: int
     scheme = Scheme(8, -1, symmetric=True) if bits == 8 else Scheme(bits, 64, search=method != "rtn")
     text = None if method == "rtn" else calibration_rows(exact, calibration, rows=rows, context=CONTEXT)
     base = rotated(exact) if method == "rotated gptq" else exact
-    return with_dtype(quantize(base, method=method.split()[-1], scheme=scheme, calibration=text), "bf16")
+    return with_dtype(quantize(base, method=method.split()[-1], scheme=scheme, calibration=text))
 
 
 class _Quality:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from llmlab.data import wikitext
 from llmlab.errors import InputError, NumericalError
-from llmlab.matmul import fastest_matmuls
+from llmlab.kernels.plain import fastest_matmuls
 from llmlab.model import LM, decoder_layers
 from llmlab.paths import atomic
 from llmlab.progress import progress

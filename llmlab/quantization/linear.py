@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import copy
 import functools
-import statistics
-import time
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from llmlab import __version__
-from llmlab.model import DTYPES, LM
+from llmlab.base.clock import faster
+from llmlab.kernels.fast import packed_dtype
+from llmlab.kernels.plain import slow_on_cpu
+from llmlab.kernels.torch_packed import GROUP_SIZES, Multiply, int4_product, int8_product
+from llmlab.model import DTYPES, LM, check_dtype
 from llmlab.quantization.grid import Quantized, Scheme, rtn
 from llmlab.quantization.packing import pack, unpack
 
@@ -55,7 +56,8 @@ class QuantLinear(torch.nn.Module):
         self.register_buffer("g_idx", torch.zeros(in_features, dtype=torch.int32))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
         self.kernel = REFERENCE
-        self.fast: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.fast: Multiply | None = None
+        self.limit = 0  # rows up to which `fast` serves
 
     @classmethod
     def pack(cls, quantized: Quantized, scheme: Scheme, bias: torch.Tensor | None = None) -> QuantLinear:
@@ -99,9 +101,9 @@ class QuantLinear(torch.nn.Module):
         return bool(torch.equal(self.g_idx.long(), expected))
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """Choose the kernel for this device and activation dtype, and pack for it."""
-        self.kernel, self.fast = choose_kernel(self, dtype)
-        self.limit = crossover(self.in_features, self.out_features, self.bits, self.kernel) if self.fast else 0
+        """Choose the kernel for this device, pack for it, and measure up to how many rows of `dtype` it is faster."""
+        self.kernel, self.fast = choose_kernel(self)
+        self.limit = crossover(self.in_features, self.out_features, self.bits, dtype, self.kernel) if self.fast else 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] in any float dtype to [..., out_features] in the same."""
@@ -109,18 +111,21 @@ class QuantLinear(torch.nn.Module):
             out = self.fast(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
             return out if self.bias is None else out + self.bias.to(x.dtype)
         if self.fast is None and x.numel() <= DECODE_ROWS * self.in_features:
+            sizes = ", ".join(map(str, GROUP_SIZES))
             warnings.warn(
-                f"{self.bits}-bit weights with {str(x.dtype)[6:]} activations have no packed kernel here: each step "
-                'unpacks all weights, which is slow. llmlab.with_dtype(lm, "bf16") has one where the group size is 32, '
-                "64, 128 or 256.",
+                f"{self.bits}-bit weights in groups of {self.in_features // self.groups} have no packed kernel: each "
+                f"step unpacks all of them, which is slow. Choose 2 to 4 bits in groups of {sizes}, or 8 bits with one "
+                "symmetric scale a row.",
                 stacklevel=2,
             )
         return self.multiply_dequantized(x)
 
     def multiply_dequantized(self, x: torch.Tensor) -> torch.Tensor:
         """The same by a plain matmul: the reference, and the faster way for many rows."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
+        wide = x.device.type == "cpu" and slow_on_cpu(x.dtype)
+        dtype = torch.float32 if wide else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return torch.nn.functional.linear(x.to(dtype), self.dequantize(dtype), bias).to(x.dtype)
 
     def joined(self, others: list[QuantLinear]) -> QuantLinear | None:
         """One matrix that computes this one's outputs and those of others with the same input; None if none can."""
@@ -142,19 +147,16 @@ class QuantLinear(torch.nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.bits} bits, {self.groups} groups, {self.kernel}"
 
 
-def choose_kernel(linear: QuantLinear, dtype: torch.dtype) -> tuple[str, Callable[[torch.Tensor], torch.Tensor] | None]:
-    """The fastest kernel that can multiply by this matrix with activations of `dtype`: (name, function of rows)."""
+def choose_kernel(linear: QuantLinear) -> tuple[str, Multiply | None]:
+    """The packed kernel that can multiply by this matrix: (name, function of rows), or REFERENCE and None.
+
+    On CPU activations of any dtype go in; see `kernels.torch_packed` for what is rounded.
+    """
     cpu = linear.qweight.device.type == "cpu"
     size = linear.in_features // linear.groups
-    if cpu and dtype == torch.bfloat16 and linear.bits <= 4 and size in (32, 64, 128, 256):
+    if cpu and linear.bits <= 4 and size in GROUP_SIZES:
         return INT4_CPU, _int4_cpu(linear, size)
-    if (
-        cpu
-        and dtype == torch.bfloat16
-        and linear.bits == 8
-        and linear.groups == 1
-        and bool((linear.zeros == 128).all())
-    ):
+    if cpu and linear.bits == 8 and linear.groups == 1 and bool((linear.zeros == 128).all()):
         return INT8_CPU, _int8_cpu(linear)
     if not cpu:
         from llmlab.quantization.triton_kernel import triton_matmul
@@ -163,53 +165,37 @@ def choose_kernel(linear: QuantLinear, dtype: torch.dtype) -> tuple[str, Callabl
     return REFERENCE, None
 
 
-def _int4_cpu(linear: QuantLinear, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """torch's CPU kernel over nibbles: w = (q - 8) s + b with s, b in bf16. 2 and 3 bits take a nibble each, too."""
+def _int4_cpu(linear: QuantLinear, size: int) -> Multiply:
+    """torch's 4-bit kernel; 2 and 3 bits take a nibble each, too."""
     whole = linear.unpacked()
     order = None if linear.sequential else torch.argsort(linear.g_idx, stable=True)  # groups side by side again
     codes = (whole.codes if order is None else whole.codes[:, order]).int()
-    scales, offsets = whole.scales.float(), (8 - whole.zeros.int())  # [m, G]
-    if linear.bits < 4:  # there is room to move the zero point to 8, where b = 0 needs no rounding
-        codes += offsets.repeat_interleave(size, dim=1)
-        offsets = torch.zeros_like(offsets)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1)
-    offsets = offsets * scales
-    grid = torch.stack([scales, offsets], dim=-1).transpose(0, 1).contiguous().bfloat16()  # [G, m, 2]
-
-    def multiply(x: torch.Tensor) -> torch.Tensor:
-        if order is not None:
-            x = x[:, order]
-        product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, size, grid)
-        return product
-
-    return multiply
+    zeros = whole.zeros.int()  # [m, G]
+    if linear.bits < 4:  # there is room to move the zero point to 8, the kernel's own, where nothing is rounded
+        codes += (8 - zeros).repeat_interleave(size, dim=1)
+        zeros = torch.full_like(zeros, 8)
+    multiply = int4_product(codes, whole.scales, zeros, size)
+    return multiply if order is None else lambda x: multiply(x[:, order])
 
 
-def _int8_cpu(linear: QuantLinear) -> Callable[[torch.Tensor], torch.Tensor]:
-    """torch's CPU kernel over int8 with one scale a row and no zero point."""
-    codes = (unpack(linear.qweight, 8).T.short() - 128).to(torch.int8).contiguous()  # [m, n]
-    scales = linear.scales[0].bfloat16()
-
-    def multiply(x: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), codes, scales)
-        return product
-
-    return multiply
+def _int8_cpu(linear: QuantLinear) -> Multiply:
+    """torch's 8-bit kernel."""
+    codes = (unpack(linear.qweight, 8).T.short() - 128).to(torch.int8)  # [m, n]
+    return int8_product(codes, linear.scales[0])
 
 
 @functools.cache
-def crossover(in_features: int, out_features: int, bits: int, kernel: str) -> int:
-    """Rows up to which the kernel beats dequantizing to a matmul, measured here on a matrix of this shape."""
+def crossover(in_features: int, out_features: int, bits: int, dtype: torch.dtype, kernel: str) -> int:
+    """Rows of `dtype` up to which the kernel beats dequantizing to a matmul, measured on a matrix of this shape."""
     if kernel == TRITON:
         return 64  # about where a GPU's matmul stops being bound by memory traffic
-    _, fast = choose_kernel(linear := _random(in_features, out_features, bits), torch.bfloat16)
+    _, fast = choose_kernel(linear := _random(in_features, out_features, bits))
     assert fast is not None
     best = 1
     for rows in (4, 16, 64, 256):
-        x = torch.randn(rows, in_features, dtype=torch.bfloat16)
+        x = torch.randn(rows, in_features).to(dtype)
         packed, plain = functools.partial(fast, x), functools.partial(linear.multiply_dequantized, x)
-        pairs = [(_seconds(packed), _seconds(plain)) for _ in range(6)]
-        if statistics.median(a / b for a, b in pairs[1:]) > 1:
+        if faster(packed, plain, counted=5) < 1:
             break
         best = rows
     return best
@@ -222,8 +208,16 @@ def _random(in_features: int, out_features: int, bits: int) -> QuantLinear:
     return QuantLinear.pack(rtn(weight, scheme), scheme)
 
 
-def with_dtype(lm: LM, dtype: str) -> LM:
-    """A copy of a model, quantized or not, with activations in `dtype` ("fp32", "bf16", "fp16"); grids stay as is."""
+def with_dtype(lm: LM, dtype: str | None = None) -> LM:
+    """A copy of a model, quantized or not, with activations in `dtype`; grids stay as they are.
+
+    Args:
+        lm: the model.
+        dtype: "fp32", "bf16" or "fp16"; by default what is fast around packed weights on this device.
+
+    Raises InputError for an unknown dtype.
+    """
+    dtype = check_dtype(dtype or packed_dtype(lm.device), lm.device)
     model = copy.deepcopy(lm.model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[dtype])
@@ -279,12 +273,6 @@ def quant_config(scheme: Scheme, method: str) -> dict[str, Any]:
         # Ours is 1 or more, so what is written is what that version writes.
         "meta": {"quantizer": [f"llmlab:{__version__}", "gptqmodel:0.9.0"], "method": method},
     }
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
 
 
 def prepare(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, int]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from llmlab.kernels.plain import slow_on_cpu
 from llmlab.model import LM
 from llmlab.scoring.trie import Trie
 
@@ -41,6 +42,10 @@ def trie_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: [1, heads, N, d] queries (keys, values: KV heads) to [1, N, heads, d]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    dtype = query.dtype
+    if query.device.type == "cpu" and slow_on_cpu(dtype):
+        query, key, value = query.float(), key.float(), value.float()
+        trie_masks = [mask.float() for mask in trie_masks]
     # Without tensor cores torch's fused kernel is slower in bf16 than two plain matmuls, and not more precise.
     plain = query.device.type == "cpu" and query.dtype == torch.bfloat16
     attend = _matmul_attention if plain else _fused_attention
@@ -49,7 +54,7 @@ def trie_attention(
         part = slice(start, start + len(mask))
         outputs.append(attend(query[:, :, part], key[:, :, part], value[:, :, part], mask, scale).transpose(1, 2))
         start += len(mask)
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1).to(dtype), None
 
 
 def _fused_attention(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from llmlab.kernels.fast import machine
 from llmlab.model import LM
 from llmlab.paths import atomic, cache_folder
 from llmlab.scoring.trie import Trie
@@ -64,10 +65,10 @@ class Profile:
 
 
 def profile(lm: LM) -> Profile:
-    """The profile of this model, dtype, device and thread count; empty if it was never measured."""
-    device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else "cpu"
+    """The profile of this model, dtype and device; empty if it was never measured."""
+    device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else machine()
     identity = [lm.name, lm.revision, lm.transformation, lm.card.layers, lm.dtype, device]
-    identity += [torch.get_num_threads(), torch.__version__]
+    identity += [torch.__version__]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     path = cache_folder() / "profiles" / f"{name}.json"
     budgets = GPU_BUDGETS if lm.device.type == "cuda" else CPU_BUDGETS

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from llmlab.errors import InputError, NumericalError
+from llmlab.kernels.plain import fastest_matmuls
 from llmlab.model import LM
 from llmlab.progress import progress
 from llmlab.stats import Z95, Metric
@@ -133,7 +134,7 @@ def perplexity(
     window_nll: list[float] = []
     window_tokens: list[int] = []
     begin_inference = time.perf_counter()
-    with progress(len(windows), "perplexity", "window") as bar:
+    with progress(len(windows), "perplexity", "window") as bar, fastest_matmuls(lm.model):
         for first in range(0, len(windows), batch_size):
             batch = torch.stack(windows[first : first + batch_size]).to(lm.device)  # [batch, context]
             for row, nll in enumerate(_token_nll(lm, batch)):

@@ -1,9 +1,10 @@
-"""Fair clocks: warm-up, interleaved repeats, medians with intervals."""
+"""Fair clocks: warm-up, interleaved repeats, medians with intervals. Every choice that is measured asks here."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,65 @@ def synchronize() -> None:
     """Wait until the GPUs have done all that was asked of them; nothing to wait for on CPU."""
     for index in range(torch.cuda.device_count()):
         torch.cuda.synchronize(index)
+
+
+def seconds_of(run: Callable[[], object], device: torch.device | None = None) -> float:
+    """Wall-clock seconds of one call, its work on a GPU included.
+
+    Args:
+        run: what it returns is dropped.
+        device: where it works; None means the CPU, which needs no waiting.
+    """
+    waits = device is not None and device.type == "cuda"
+    if waits:
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    run()
+    if waits:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def rounds(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    counted: int = 5,
+    warmup: int = 1,
+    hopeless: float = 4.0,
+    device: torch.device | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each candidate, one after the other in every round: for choices made while a program runs.
+
+    Args:
+        candidates: name to function.
+        counted: rounds that count.
+        warmup: rounds before them.
+        hopeless: a candidate this many times slower than the fastest in the last warm-up keeps that time alone: nobody
+            waits for what will not be chosen.
+        device: as in `seconds_of`.
+    """
+    times: dict[str, list[float]] = {}
+    for _ in range(warmup):
+        times = {name: [seconds_of(run, device)] for name, run in candidates.items()}
+    best = min((first for (first,) in times.values()), default=float("inf"))
+    racing = [name for name in candidates if not times or times[name][0] <= hopeless * best]
+    times |= {name: [] for name in racing}
+    for _ in range(counted):
+        for name in racing:
+            times[name].append(seconds_of(candidates[name], device))
+    return times
+
+
+def faster(
+    candidate: Callable[[], object],
+    baseline: Callable[[], object],
+    *,
+    counted: int = 7,
+    device: torch.device | None = None,
+) -> float:
+    """How many times faster `candidate` is than `baseline`, here and now: the median ratio of interleaved rounds."""
+    times = rounds({"baseline": baseline, "candidate": candidate}, counted=counted, device=device)
+    return statistics.median(times["baseline"]) / statistics.median(times["candidate"])
 
 
 def compare(

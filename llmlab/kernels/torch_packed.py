@@ -1,0 +1,54 @@
+"""torch's CPU kernels over packed weights: codes of up to 4 bits in groups, and 8 bits with one scale a row.
+
+Both are fast for bf16 activations alone: with fp32 or fp16 ones they take a scalar path, ten times slower than a plain
+matmul. So other activations are rounded to bf16 on the way in. Sums are in fp32, the result is rounded to bf16: a
+relative error of about 2^-9, where 4-bit weights themselves are off by 2^-5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+GROUP_SIZES = (32, 64, 128, 256)  # that the 4-bit kernel takes
+
+Multiply = Callable[[torch.Tensor], torch.Tensor]
+
+
+def int4_product(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int) -> Multiply:
+    """A function x [rows, n] -> x W^T [rows, m] in the dtype of x, for W[:, j] = (codes[:, j] - zeros) scales.
+
+    Args:
+        codes: int32 [m, n] in 0 .. 15; the columns of a group stand side by side.
+        scales: float [m, G].
+        zeros: int [m, G], zero points in -8 .. 23: the kernel's own is 8, the rest becomes an offset in bf16.
+        group_size: n / G, one of GROUP_SIZES.
+    """
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1)
+    offsets = (8 - zeros.int()) * scales.float()  # w = (code - 8) scale + offset
+    grid = torch.stack([scales.float(), offsets], dim=-1).transpose(0, 1).contiguous().bfloat16()  # [G, m, 2]
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        narrow = x.to(torch.bfloat16).contiguous()
+        product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(narrow, packed, group_size, grid)
+        return product.to(x.dtype)
+
+    return multiply
+
+
+def int8_product(codes: torch.Tensor, scales: torch.Tensor) -> Multiply:
+    """A function x [rows, n] -> x W^T [rows, m] in the dtype of x, for W = codes scales.
+
+    Args:
+        codes: int8 [m, n].
+        scales: float [m].
+    """
+    codes, narrow_scales = codes.contiguous(), scales.bfloat16()
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        narrow = x.to(torch.bfloat16).contiguous()
+        product: torch.Tensor = torch.ops.aten._weight_int8pack_mm(narrow, codes, narrow_scales)
+        return product.to(x.dtype)
+
+    return multiply
