@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 # Before llmlab or transformers is imported: no network, and records go to a folder of their own.
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 import llmlab
+from llmlab.quantization.linear import QuantLinear
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -30,6 +32,18 @@ def rows():
     if folder and list(Path(folder).glob("hellaswag*.jsonl")):
         return llmlab.data.hellaswag(limit=200)
     return llmlab.data.everyday()
+
+
+@contextmanager
+def reference_kernel(*models):
+    """Within the block packed weights are dequantized and multiplied, however few rows there are."""
+    linears = [m for lm in models for m in lm.model.modules() if isinstance(m, QuantLinear)]
+    limits = [linear.limit for linear in linears]
+    for linear in linears:
+        linear.limit = 0
+    yield
+    for linear, limit in zip(linears, limits, strict=True):
+        linear.limit = limit
 
 
 TINY = {

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import reference_kernel
 from safetensors.torch import load_file, save_file
 
 import llmlab
@@ -28,7 +29,8 @@ def assert_same(a, b):
     one, other = a.model.state_dict(), b.model.state_dict()
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert (logits(a) - logits(b)).abs().max() < 1e-5
+    with reference_kernel(a, b):  # packed kernels round to bf16, which makes last bits large
+        assert (logits(a) - logits(b)).abs().max() < 1e-5
 
 
 @pytest.fixture(scope="module")

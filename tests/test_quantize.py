@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from conftest import reference_kernel
 
 import llmlab
 from llmlab import InputError, NumericalError
@@ -14,7 +15,7 @@ from llmlab.quantization.calibrate import Report, calibration_rows, quantize
 from llmlab.quantization.gptq import Hessian, factorize, gptq
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.job import quantize_to
-from llmlab.quantization.linear import INT4_CPU, REFERENCE, QuantLinear, dequantized, with_dtype
+from llmlab.quantization.linear import INT4_CPU, QuantLinear, dequantized, with_dtype
 from llmlab.quantization.rotate import random_orthogonal, rotate, rotated
 from llmlab.quantization.stream import stream
 
@@ -32,7 +33,8 @@ def assert_same(a, b):
     one, other = a.model.state_dict(), b.model.state_dict()
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert (logits(a) - logits(b)).abs().max() < 1e-5
+    with reference_kernel(a, b):  # packed kernels round to bf16, which makes last bits large
+        assert (logits(a) - logits(b)).abs().max() < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -234,11 +236,11 @@ def test_every_way_to_run_packed_weights_agrees(short):
     assert not any(isinstance(m, QuantLinear) for m in plain.model.modules())
     for lm in (q, packed, half):
         assert {m.kernel for m in lm.model.modules() if isinstance(m, QuantLinear)} == {INT4_CPU}
-    for module in q.model.modules():
-        if isinstance(module, QuantLinear):
-            module.limit = 0  # the reference, however few rows
-    scores = {name: llmlab.score(lm, questions).log_probs for name, lm in [("q", q), ("plain", plain)]}
-    scores["reference"] = llmlab.score(plain, questions, method="reference").log_probs
+    with reference_kernel(q):
+        scores = {name: llmlab.score(lm, questions).log_probs for name, lm in [("q", q), ("plain", plain)]}
+        scores["reference"] = llmlab.score(plain, questions, method="reference").log_probs
+        made = [llmlab.generate(lm, ["The capital of France is"], max_new_tokens=3) for lm in (q, plain)]
+    assert made[0].completions[0].ids == made[1].completions[0].ids
     flat = {name: torch.tensor([x for row in rows for x in row]) for name, rows in scores.items()}
     assert (flat["q"] - flat["plain"]).abs().max() < 1e-3
     assert (flat["reference"] - flat["plain"]).abs().max() < 1e-3
@@ -248,12 +250,8 @@ def test_every_way_to_run_packed_weights_agrees(short):
         if isinstance(module, QuantLinear):
             module.limit = 10_000  # the kernel, however many rows
     assert 0 < (exact - logits(packed)).norm() / exact.norm() < 0.01  # rounded to bf16 around each product alone
-    texts = [
-        llmlab.generate(lm, ["The capital of France is"], max_new_tokens=3).completions[0].ids for lm in (q, plain)
-    ]
-    assert texts[0] == texts[1]
 
 
 def test_quantized_weights_are_packed_for_the_kernel_of_this_device(tiny, calibration):
     q = quantize(tiny, 4, 32, calibration=calibration)
-    assert {m.kernel for m in q.model.modules() if isinstance(m, QuantLinear)} == {REFERENCE}
+    assert {m.kernel for m in q.model.modules() if isinstance(m, QuantLinear)} == {INT4_CPU}

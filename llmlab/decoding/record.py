@@ -95,8 +95,12 @@ def compiled(
     run: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor | None, ...], expected: torch.Tensor
 ) -> Replay | None:
     """The same by torch.compile: inductor's kernels on CPU, CUDA graphs on a GPU."""
-    # Inductor's own cache does not ask which processor a kernel was made for, and home folders move between them.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor" / machine()))
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # inductor takes a second to import
+
+    # Inductor's cache does not ask which processor a kernel was made for: one with fewer instructions, or limited to
+    # fewer, gets NaN or dies of them. So each has a folder of its own, unless the user named one.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor" / machine())
     mode = "reduce-overhead" if expected.device.type == "cuda" else None
     graph = torch.compile(run, dynamic=False, mode=mode)
 
