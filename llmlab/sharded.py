@@ -21,6 +21,7 @@ from llmlab.data import Question
 from llmlab.decoding.generate import generate
 from llmlab.decoding.result import GenerateResult
 from llmlab.errors import InputError, NumericalError
+from llmlab.kernels.fast import default_dtype
 from llmlab.kernels.plain import fastest_matmuls
 from llmlab.paths import new_folder
 from llmlab.quantization.calibrate import ROWS, Report, calibration_rows, quantize
@@ -215,7 +216,7 @@ class RankGroup:
             data: replicas; by default what is left of the ranks.
             tensor: ways to cut each layer.
             pipeline: stages.
-            dtype: by default fp32 on CPU, bf16 on GPUs.
+            dtype: by default fp32 on CPU; on GPUs bf16 from compute capability 8.0, fp16 below.
             schedule: "micro-batches", or "naive": one batch at a time, as accelerate's device_map runs.
             nodes: tokens a pass; by default 256 on CPU, 4,096 on GPUs.
 
@@ -296,7 +297,7 @@ class RankGroup:
         return replace(Cuts(), data=data, tensor=tensor, pipeline=pipeline)
 
     def _dtype(self) -> str:
-        return "fp32" if self.group.device == "cpu" else "bf16"
+        return default_dtype(torch.device(self.group.device))
 
 
 def gather_scores(questions: list[Question], parts: list[ScoredPart], cuts: Cuts, seconds: float) -> ScoreResult:

@@ -161,7 +161,7 @@ def _over_ranks(
     model: str, questions: list[Question], devices: int, dtype: str | None, device: str | None
 ) -> tuple[LM, ScoreResult, float]:
     """Everything but the layers of the model, the scores, and when the shards were loaded."""
-    lm, _ = stream(model, dtype=dtype or ("bf16" if torch.cuda.is_available() and device != "cpu" else "fp32"))
+    lm, _ = stream(model, dtype=dtype or default_dtype(check_device(device)))
     with ranks(devices, device=device) as group:
         on_gpu = group.group.device == "cuda"
         memory = torch.cuda.mem_get_info()[1] if on_gpu else psutil.virtual_memory().total // devices
