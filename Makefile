@@ -5,16 +5,20 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: lab test setup check peers notebooks figures constraints clean
+.PHONY: lab test quick setup check peers notebooks figures constraints clean
 .DEFAULT_GOAL := lab
 
-lab: $(STAMP)  ## run the notebooks, write figures/ and report/index.html
-	@echo "== llmlab: running the notebooks (about 10 minutes on 2 cores)"
+lab: $(STAMP)  ## run the notebooks into report/: pages, figures and index.html; no tracked file changes
+	@echo "== llmlab: running the notebooks into report/ (about 10 minutes on 2 cores; Ctrl-C ends it)"
 	@$(BIN)/llmlab report
 
-test: $(STAMP) check  ## lint, types and tests, the notebooks included
-	@echo "== llmlab: tests (about 13 minutes on 2 cores)"
+test: $(STAMP) check  ## lint, types and tests, the notebooks and older processors included
+	@echo "== llmlab: tests (about 17 minutes on 2 cores; make quick is the loop of daily work)"
 	@$(BIN)/python -m pytest
+
+quick: $(STAMP) check  ## lint, types and the tests of what a change usually breaks
+	@echo "== llmlab: quick tests (about 2 minutes on 2 cores)"
+	@$(BIN)/python -m pytest -m "not slow" --durations=3
 
 check: $(STAMP)
 	@echo "== llmlab: ruff and mypy (seconds; the first mypy run takes a minute)"
@@ -52,7 +56,8 @@ peers: .peers/gptqmodel/.installed .peers/autogptq/.installed .peers/llamacpp/.i
 	@.peers/$*/bin/python -m pip install -qq --disable-pip-version-check --no-build-isolation $(FLAGS_$*) -r peers/$*.txt
 	@touch $@
 
-notebooks: $(STAMP)  ## execute the committed notebooks in place; progress bars keep their last line alone
+notebooks: export LLMLAB_FIGURES := $(CURDIR)/figures
+notebooks: $(STAMP)  ## execute the committed notebooks in place, figures into figures/; progress bars keep one line
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
 	  --ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=ERROR notebooks/[0-9]*.ipynb
 	$(BIN)/jupyter nbconvert --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True notebooks/[0-9]*.ipynb

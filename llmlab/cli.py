@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from llmlab.terminal import check_file, console, doctor_table, plan_table, print
 if TYPE_CHECKING:
     from llmlab.decoding.drafts import Draft
     from llmlab.model import LM
+
+INTERRUPTED = 128 + signal.SIGINT  # the status that shells give
 
 app = typer.Typer(
     name="llmlab",
@@ -246,13 +249,16 @@ def doctor(json_file: Json = None) -> None:
 
 def main() -> None:
     """Entry point: turns errors of the caller into one line on stderr and status 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: nothing that was started is left
     try:
         status = app(standalone_mode=False)
     except InputError as error:
         status = _complain(str(error), 2)
-    except KeyboardInterrupt:
-        status = _complain("interrupted.", 1)
+    except KeyboardInterrupt as stop:
+        status = _complain(str(stop) or "interrupted.", INTERRUPTED)
     except Exception as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # click makes an Abort of it
+            sys.exit(_complain(str(error.__cause__) or "interrupted.", INTERRUPTED))
         # Typer's usage errors (unknown option, missing value) derive from click's, vendored or not.
         if not hasattr(error, "format_message"):
             raise

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from llmlab.errors import InputError
@@ -44,16 +45,26 @@ def report(
     chosen = lab.find_notebooks(notebooks or [])
     folder = output or home() / "report"
 
-    def start(name: str) -> None:
-        console.print(f"running   {name} ...", highlight=False)
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+    ) as live:
+        names: list[str] = []
+        line = live.add_task("")
 
-    def end(run: Run) -> None:
-        state = f"[red]failed[/red]    {run.name}" if run.failed else f"[green]finished[/green]  {run.name}"
-        console.print(f"{state} in {run.seconds:.1f} s", highlight=False)
-        if run.error:
-            console.print(f"          {run.error}", markup=False, highlight=False)
+        def start(name: str) -> None:
+            names.append(name)
+            what = f"{len(names)} of {len(chosen)}, {name}: running, {len(chosen) - len(names)} to come"
+            live.reset(line, description=what)
+            if not console.is_terminal:  # a log has no line that lives
+                console.print(what, highlight=False, soft_wrap=True)
 
-    runs = lab.report(chosen, output=folder, parameters=values, pdf=pdf, on_start=start, on_end=end)
+        def end(run: Run) -> None:
+            state = "[red]failed[/red]" if run.failed else "[green]finished[/green]"
+            console.print(f"{len(names)} of {len(chosen)}, {run.name}: {state} in {run.seconds:.1f} s", highlight=False)
+            if run.error:
+                console.print(f"    {run.error}", markup=False, highlight=False)
+
+        runs = lab.report(chosen, output=folder, parameters=values, pdf=pdf, on_start=start, on_end=end)
     console.print(f"report:   {folder / 'index.html'}", highlight=False, soft_wrap=True)
     write_json(json_file, {"index": str(folder / "index.html"), "runs": [vars(run) for run in runs]})
     if any(run.failed for run in runs):

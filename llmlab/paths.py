@@ -14,11 +14,19 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def home() -> Path:
-    """The folder of data/, figures/ and report/: LLMLAB_HOME, else the checkout, else the current folder."""
+    """The folder of data/ and report/: LLMLAB_HOME, else the checkout, else the current folder."""
     if configured := os.environ.get("LLMLAB_HOME"):
         return Path(configured).expanduser()
     checkout = PACKAGE.parent
     return checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
+
+
+def figures_folder() -> Path:
+    """Where notebooks draw: LLMLAB_FIGURES, else report/figures of `home`.
+
+    Not the tracked folder figures/: only `make figures` and `make notebooks` write there.
+    """
+    return Path(os.environ.get("LLMLAB_FIGURES") or home() / "report" / "figures").expanduser()
 
 
 def cache_folder() -> Path:

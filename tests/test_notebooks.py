@@ -33,6 +33,6 @@ def test_notebook(name, tiny_folders, tmp_path, monkeypatch):
     page = (tmp_path / "report" / f"{name}.html").read_text()
     assert "No description has been provided" not in page
     assert 'src="http' not in page
-    assert list((tmp_path / "figures").glob("*.svg"))
+    assert list((tmp_path / "report" / "figures").glob("*.svg"))
     index = (tmp_path / "report" / "index.html").read_text()
-    assert index.count("<figure>") == len(list((tmp_path / "figures").glob("*.png")))
+    assert index.count("<figure>") == len(list((tmp_path / "report" / "figures").glob("*.png")))

@@ -1,9 +1,15 @@
 import json
+import os
+import re
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from bs4 import BeautifulSoup
 from conftest import CHECKOUT
@@ -66,10 +72,45 @@ def test_notebooks_become_pages_and_a_failure_stops_nothing(home):
     assert "x = 7" in index
     assert 'alt="A line from &lt;x&gt; to 2."' in index
     assert (home / "report" / "figures" / "line.png").exists()
-    assert (home / "figures" / "line.svg").exists()
+    assert (home / "report" / "figures" / "line.svg").exists()
+    assert not (home / "figures").exists()  # tracked in a checkout
     for text in (page, index):
         assert 'src="http' not in text
         assert "cdnjs" not in text
+
+
+BUSY = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, file=open(place, "w"), flush=True)
+child.wait()
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_report_says_so_in_one_line_and_leaves_no_process(home, stop):
+    write(home / "notebooks", "00_fine", "x")
+    write(home / "notebooks", "01_busy", f"place = {str(home / 'pid')!r}" + BUSY)
+    write(home / "notebooks", "02_never", "x")
+    command = [sys.executable, "-m", "llmlab.cli", "report", "--output", str(home / "report")]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (home / "pid").exists() or not (home / "pid").read_text().strip():
+        assert time.monotonic() < deadline and run.poll() is None, run.communicate()
+        time.sleep(0.1)
+    children = psutil.Process(run.pid).children(recursive=True)
+    assert int((home / "pid").read_text()) in [child.pid for child in children]
+    os.killpg(run.pid, stop)  # as a terminal does
+    out, complaint = run.communicate(timeout=30)
+    assert run.returncode == 130
+    assert re.fullmatch(
+        r"llmlab: interrupted in 01_busy after \d+ s; 1 of 3 notebooks are in .*index\.html\.\n", complaint
+    )
+    assert out.splitlines()[-1].startswith("2 of 3, 01_busy: running, 1 to come")
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    index = (home / "report" / "index.html").read_text()
+    assert "About 00_fine" in index and "About 01_busy" not in index
 
 
 def test_parameters_are_held_against_the_cell(home):
@@ -124,8 +165,8 @@ append(Record(task="everyday", metrics={"seconds": Metric(2.0, "s"), "acc": Metr
 
 
 def test_figures_and_records_belong_to_the_notebook_that_wrote_them(home):
-    (home / "figures").mkdir()
-    (home / "figures" / "old.png").write_bytes(b"from another day")
+    (home / "report" / "figures").mkdir(parents=True)
+    (home / "report" / "figures" / "old.png").write_bytes(b"from another day")
     first = write(home / "notebooks", "00_draws", FIGURE, RECORD)
     second = write(home / "notebooks", "01_draws_too", FIGURE.replace('"line"', '"other"'))
     elsewhere = write(home, "mine", "x")

@@ -237,7 +237,7 @@ def test_papermill_gets_the_figure_and_no_widget(notebook, monkeypatch):
     assert WIDGET not in output.data
     assert output.metadata["image/png"]["alt"].startswith("Memory of the fullest device")
     assert "widgets" not in executed.metadata
-    assert (notebook.parent / "figures" / "plan.png").exists()
+    assert (notebook.parent / "report" / "figures" / "plan.png").exists()
 
 
 def test_a_front_end_that_names_its_cells_gets_the_widget_and_the_figure(notebook):

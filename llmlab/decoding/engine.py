@@ -158,7 +158,7 @@ class Engine:
             if self.compile:
                 replay = compiled(partial(self._forward, attend), tensors, logits)
             else:
-                replay = record(self.model, partial(self._forward, scripted(attend)), tensors, logits)
+                replay = record(self.model, self.held, partial(self._forward, scripted(attend)), tensors, logits)
             self._replays[shape] = replay or partial(self._forward, attend)
             self.seconds_recording += time.perf_counter() - begin
         return logits

@@ -89,7 +89,8 @@ class PackedLinear(torch.nn.Module):
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), 8)
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), 8)
+        self.register_buffer("packed", packed, persistent=False)
         self.weight, self.bias = linear.weight, linear.bias
         self._forward_hooks = linear._forward_hooks  # tensor parallelism's all-reduce
         self.rows_of_torch = 0

@@ -17,7 +17,9 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.nn.utils.stateless import _reparametrize_module  # what functional_call does, around a whole pass
 
+from llmlab.decoding.cache import Cache
 from llmlab.decoding.fewrows import PackedLinear, multiply
 from llmlab.kernels.fast import machine
 from llmlab.paths import cache_folder
@@ -50,14 +52,19 @@ def scripted(function: Any) -> Any:
 
 def record(
     model: torch.nn.Module,
+    cache: Cache,
     run: Callable[..., torch.Tensor],
     inputs: tuple[torch.Tensor | None, ...],
     expected: torch.Tensor,
 ) -> Replay | None:
     """Record a pass.
 
+    Every tensor that the pass uses becomes an input of the recording: it cannot hold oneDNN's, and torch never frees a
+    recording with what it holds.
+
     Args:
-        model: what `run` uses; its packed weights become inputs of the recording, which cannot hold them.
+        model: what `run` uses.
+        cache: which `run` writes into.
         run: the pass, a function of `inputs`.
         inputs: tensors; those that are None stay None.
         expected: what `run` gave for them.
@@ -65,20 +72,25 @@ def record(
     Returns:
         The replay, a function of inputs of the same shapes; None, with a warning, if it does not give the same.
     """
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    weights = [module.packed for module in packed]
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    buffers = cache.buffers
+    used = [(model, run)]  # emptied below: torch keeps `body` with the recording, and the engine keeps the recording
     given = [i for i, tensor in enumerate(inputs) if tensor is not None]
+    tensors = [*held.values(), *(tensor for pair in buffers.values() for tensor in pair)]
 
-    def body(*tensors: torch.Tensor) -> torch.Tensor:
+    def body(*traced: torch.Tensor) -> torch.Tensor:
         full: list[torch.Tensor | None] = [None] * len(inputs)
-        for index, tensor in zip(given, tensors, strict=False):
+        for index, tensor in zip(given, traced, strict=False):
             full[index] = tensor
-        for module, weight in zip(packed, tensors[len(given) :], strict=True):
-            module.packed = weight
-        return run(*full)
+        weights = dict(zip(held, traced[len(given) :], strict=False))
+        rest = traced[len(given) + len(held) :]
+        cache.buffers = dict(zip(buffers, zip(rest[::2], rest[1::2], strict=True), strict=True))
+        ((tree, passing),) = used
+        with _reparametrize_module(tree, weights):
+            return passing(*full)
 
     def arguments(now: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor]:
-        return [t for t in now if t is not None] + weights
+        return [t for t in now if t is not None] + tensors
 
     PackedLinear.multiply = scripted(multiply)
     try:
@@ -86,8 +98,8 @@ def record(
             traced = torch.jit.trace(body, tuple(arguments(inputs)), check_trace=False)  # type: ignore[no-untyped-call]  # untyped in torch
     finally:
         PackedLinear.multiply = multiply
-        for module, weight in zip(packed, weights, strict=True):
-            module.packed = weight
+        cache.buffers = buffers
+        used.clear()
     return _checked(lambda *now: traced(*arguments(now)), inputs, expected)
 
 

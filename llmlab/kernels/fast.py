@@ -21,7 +21,7 @@ import torch
 
 from llmlab.base.clock import rounds
 from llmlab.kernels.plain import HALF, LIBRARIES, libraries, onednn_takes
-from llmlab.kernels.torch_packed import Multiply, int4_product, int8_product
+from llmlab.kernels.torch_packed import Int4Product, Int8Product, Multiply
 from llmlab.paths import atomic, cache_folder
 
 WIDTH = 2048  # of the square matrices
@@ -172,11 +172,11 @@ def _blocked(block: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def _int4() -> Multiply:
     groups = WIDTH // GROUP_SIZE
     codes = torch.randint(0, 16, (WIDTH, WIDTH), dtype=torch.int32)
-    return int4_product(codes, torch.rand(WIDTH, groups), torch.full((WIDTH, groups), 8), GROUP_SIZE)
+    return Int4Product(codes, torch.rand(WIDTH, groups), torch.full((WIDTH, groups), 8), GROUP_SIZE)
 
 
 def _int8() -> Multiply:
-    return int8_product(torch.randint(-127, 128, (WIDTH, WIDTH), dtype=torch.int8), torch.rand(WIDTH))
+    return Int8Product(torch.randint(-127, 128, (WIDTH, WIDTH), dtype=torch.int8), torch.rand(WIDTH))
 
 
 def _multiply_all(products: Sequence[Multiply], x: torch.Tensor) -> None:

@@ -16,39 +16,64 @@ GROUP_SIZES = (32, 64, 128, 256)  # that the 4-bit kernel takes
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 
 
-def int4_product(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int) -> Multiply:
-    """A function x [rows, n] -> x W^T [rows, m] in the dtype of x, for W[:, j] = (codes[:, j] - zeros) scales.
+class Int4Product(torch.nn.Module):
+    """x [rows, n] -> x W^T [rows, m] in the dtype of x, for W[:, j] = (codes[:, j] - zeros) scales.
 
     Args:
         codes: int32 [m, n] in 0 .. 15; the columns of a group stand side by side.
         scales: float [m, G].
         zeros: int [m, G], zero points in -8 .. 23: the kernel's own is 8, the rest becomes an offset in bf16.
         group_size: n / G, one of GROUP_SIZES.
+        order: int64 [n], the column of x that stands at each column of the codes; None if in order.
     """
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1)
-    offsets = (8 - zeros.int()) * scales.float()  # w = (code - 8) scale + offset
-    grid = torch.stack([scales.float(), offsets], dim=-1).transpose(0, 1).contiguous().bfloat16()  # [G, m, 2]
 
-    def multiply(x: torch.Tensor) -> torch.Tensor:
-        narrow = x.to(torch.bfloat16).contiguous()
-        product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(narrow, packed, group_size, grid)
+    packed: torch.Tensor
+    grid: torch.Tensor
+    order: torch.Tensor | None
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor,
+        group_size: int,
+        order: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.group_size = group_size
+        offsets = (8 - zeros.int()) * scales.float()  # w = (code - 8) scale + offset
+        grid = torch.stack([scales.float(), offsets], dim=-1).transpose(0, 1).contiguous().bfloat16()  # [G, m, 2]
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1)
+        for name, tensor in (("packed", packed), ("grid", grid), ("order", order)):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The product."""
+        narrow = (x if self.order is None else x[:, self.order]).to(torch.bfloat16).contiguous()
+        product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            narrow, self.packed, self.group_size, self.grid
+        )
         return product.to(x.dtype)
 
-    return multiply
 
-
-def int8_product(codes: torch.Tensor, scales: torch.Tensor) -> Multiply:
-    """A function x [rows, n] -> x W^T [rows, m] in the dtype of x, for W = codes scales.
+class Int8Product(torch.nn.Module):
+    """x [rows, n] -> x W^T [rows, m] in the dtype of x, for W = codes scales.
 
     Args:
         codes: int8 [m, n].
         scales: float [m].
     """
-    codes, narrow_scales = codes.contiguous(), scales.bfloat16()
 
-    def multiply(x: torch.Tensor) -> torch.Tensor:
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes.contiguous(), persistent=False)
+        self.register_buffer("scales", scales.bfloat16(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The product."""
         narrow = x.to(torch.bfloat16).contiguous()
-        product: torch.Tensor = torch.ops.aten._weight_int8pack_mm(narrow, codes, narrow_scales)
+        product: torch.Tensor = torch.ops.aten._weight_int8pack_mm(narrow, self.codes, self.scales)
         return product.to(x.dtype)
-
-    return multiply

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +14,33 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError, strip_color
 
 
-def execute(notebook: Path, executed: Path, parameters: dict[str, Any], cwd: Path) -> tuple[str | None, str | None]:
+def execute(
+    notebook: Path, executed: Path, parameters: dict[str, Any], cwd: Path, environment: Mapping[str, str] | None = None
+) -> tuple[str | None, str | None]:
     """Run a notebook with parameters in the folder `cwd` and write it, outputs included, to `executed`.
 
+    Args:
+        notebook, executed: files.
+        parameters: values for its cell tagged `parameters`.
+        cwd: the kernel's folder.
+        environment: variables of the kernel, beside this process's own.
+
     Returns:
-        Its error in one line and its traceback; both None if it ran through. Nothing is raised: other notebooks go on.
+        Its error in one line and its traceback; both None if it ran through. Nothing is raised, so that other notebooks
+        go on, but KeyboardInterrupt: then the kernel has ended.
     """
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(executed),
-            parameters=parameters,
-            cwd=str(cwd),
-            progress_bar=False,
-            coalesce_streams=True,  # a progress bar leaves its last state, not a line per refresh
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],
-        )
+        with _environment(environment or {}):  # which the kernel inherits
+            papermill.execute_notebook(
+                str(notebook),
+                str(executed),
+                parameters=parameters,
+                cwd=str(cwd),
+                progress_bar=False,
+                coalesce_streams=True,  # a progress bar leaves its last state, not a line per refresh
+                extra_arguments=["--IPKernelApp.log_level=ERROR"],
+                shutdown_kernel="immediate",  # its children with it, and without last words when interrupted
+            )
     except PapermillExecutionError as failure:
         text = strip_color("\n".join(failure.traceback))
         return f"cell {failure.exec_count} raised {failure.ename}: {' '.join(str(failure.evalue).split())}", text
@@ -35,6 +49,17 @@ def execute(notebook: Path, executed: Path, parameters: dict[str, Any], cwd: Pat
     except Exception as failure:  # a kernel that cannot start, a notebook that cannot be written
         return f"{type(failure).__name__}: {' '.join(str(failure).split())}", None
     return None, None
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _last_cell(executed: Path) -> str | None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from llmlab.measure.roofline import Peaks
-from llmlab.paths import PACKAGE, atomic, home
+from llmlab.paths import PACKAGE, atomic, figures_folder
 from llmlab.stats import Metric
 
 if TYPE_CHECKING:
@@ -39,11 +39,13 @@ def style() -> contextlib.AbstractContextManager[Any]:
 
 
 def save(figure: Figure, name: str, alt: str, folder: Path | None = None) -> Path:
-    """Write figures/NAME.png (200 dpi) and NAME.svg, each whole or not at all; the alt text goes into their metadata.
+    """Write NAME.png (200 dpi) and NAME.svg into `folder` (`paths.figures_folder()`), each whole or not at all.
+
+    The alt text goes into their metadata.
 
     Returns the path of the PNG.
     """
-    folder = folder or home() / "figures"
+    folder = folder or figures_folder()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "savefig.dpi": 200}):
         for suffix in ("svg", "png"):
             metadata = {"Title": name, "Description": alt} | ({"Date": None} if suffix == "svg" else {})

@@ -10,7 +10,6 @@ import base64
 import datetime
 import platform
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from traitlets.config import Config
 from llmlab.measure.challenge import Submission
 from llmlab.measure.environment import cpu_name, energy, git_commit, gpus, hardware, versions
 from llmlab.measure.record import Record
-from llmlab.paths import PACKAGE, atomic, home
+from llmlab.paths import PACKAGE, atomic
 from llmlab.stats import Metric
 
 if TYPE_CHECKING:
@@ -139,20 +138,16 @@ def environment_rows() -> list[tuple[str, str]]:
 
 
 def _figures(runs: Sequence[Run], output: Path) -> list[dict[str, Any]]:
-    """The figures of the runs, each with the run that drew it last; their files are copied beside the index."""
-    target = output / "figures"
-    target.mkdir(parents=True, exist_ok=True)
+    """The figures of the runs, which drew them into `output`/figures, each with the run that drew it last."""
     drawn = {name: run for run in runs for name in run.figures}
     found = []
     for name, run in sorted(drawn.items()):
-        png = home() / "figures" / f"{name}.png"
+        png = output / "figures" / f"{name}.png"
         if not png.exists():  # a later notebook took it away
             continue
         with Image.open(png) as image:
             alt = str(image.info.get("Description", name))
         files = [file for file in (png, png.with_suffix(".svg")) if file.exists()]
-        for file in files:
-            shutil.copy2(file, target / file.name)
         data = base64.b64encode(png.read_bytes()).decode()
         links = [(file.suffix[1:].upper(), f"figures/{file.name}") for file in files]
         found.append({"name": name, "alt": alt, "data": f"data:image/png;base64,{data}", "files": links, "run": run})

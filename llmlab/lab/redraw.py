@@ -19,12 +19,13 @@ from llmlab.paths import PACKAGE
 from llmlab.stats import Metric
 
 REFERENCE = PACKAGE.parent / "data" / "reference"
+TRACKED = PACKAGE.parent / "figures"
 
 Rows = list[dict[str, Any]]
 
 
-def redraw(reference: Path = REFERENCE, folder: Path | None = None) -> list[Path]:
-    """Draw every figure of `FIGURES` from its file in `reference` into `folder`, by default figures/; their PNGs.
+def redraw(reference: Path = REFERENCE, folder: Path = TRACKED) -> list[Path]:
+    """Draw every figure of `FIGURES` from its file in `reference` into `folder`; their PNGs.
 
     Raises InputError if a file is missing or lacks the records that a figure needs.
     """

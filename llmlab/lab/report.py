@@ -102,7 +102,8 @@ def report(
 ) -> list[Run]:
     """Run notebooks one after another and write their pages and `index.html` into `output`.
 
-    A notebook that fails leaves its executed copy, traceback included, and the others still run.
+    A notebook that fails leaves its executed copy, traceback included, and the others still run. They draw their
+    figures into `output`/figures.
 
     Args:
         notebooks: from `find_notebooks`; they run in their own folder.
@@ -117,21 +118,30 @@ def report(
     Raises:
         InputError: before the first notebook runs: an unknown parameter, an unreadable notebook, an unwritable folder,
             a PDF without Chromium.
+        KeyboardInterrupt: with a sentence; the kernel has ended, and the index shows the notebooks that finished.
     """
     parameters = parameters or {}
     chromium = find_chromium() if pdf else None
     for notebook in notebooks:
         check_parameters(notebook, parameters)
     check_writable(output / "notebooks")
-    check_writable(home() / "figures")
+    check_writable(output / "figures")
     begin = time.perf_counter()
-    runs = []
+    runs: list[Run] = []
+    again = command([_named(notebook) for notebook in notebooks], parameters)
     for notebook in notebooks:
         on_start(notebook.stem)
-        run = run_notebook(notebook, output, parameters)
+        started = time.perf_counter()
+        try:
+            run = run_notebook(notebook, output, parameters)
+        except KeyboardInterrupt:
+            write_index(runs, output, seconds=time.perf_counter() - begin, command=again)
+            raise KeyboardInterrupt(
+                f"interrupted in {notebook.stem} after {time.perf_counter() - started:.0f} s; "
+                f"{len(runs)} of {len(notebooks)} notebooks are in {output / 'index.html'}."
+            ) from None
         runs.append(run)
         on_end(run)
-    again = command([_named(notebook) for notebook in notebooks], parameters)
     index = write_index(runs, output, seconds=time.perf_counter() - begin, command=again)
     if chromium:
         for page in [index, *(output / run.page for run in runs if run.page)]:
@@ -142,9 +152,10 @@ def report(
 def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any]) -> Run:
     """Execute one notebook into `output`/notebooks and render `output`/NAME.html. Its failure is in the Run."""
     executed = output / "notebooks" / notebook.name
-    drawn, recorded = _drawn(), len(read_records())
+    folder = (output / "figures").absolute()
+    drawn, recorded = _drawn(folder), len(read_records())
     begin = time.perf_counter()
-    error, _ = execute(notebook, executed, parameters, cwd=notebook.parent)
+    error, _ = execute(notebook, executed, parameters, cwd=notebook.parent, environment={"LLMLAB_FIGURES": str(folder)})
     seconds = time.perf_counter() - begin
     page = None
     content = nbformat.read(executed if executed.exists() else notebook, as_version=4)
@@ -161,7 +172,7 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any]) -> Ru
         parameters=parameters,
         page=page,
         error=error,
-        figures=[name for name, written in _drawn().items() if drawn.get(name) != written],
+        figures=[name for name, written in _drawn(folder).items() if drawn.get(name) != written],
         records=read_records()[recorded:],
     )
 
@@ -189,9 +200,9 @@ def _named(notebook: Path) -> str:
     return notebook.stem if notebook.resolve().parent == (home() / "notebooks").resolve() else str(notebook)
 
 
-def _drawn() -> dict[str, int]:
-    """The figures that exist now, by name, with when they were written."""
-    return {path.stem: path.stat().st_mtime_ns for path in (home() / "figures").glob("*.png")}
+def _drawn(folder: Path) -> dict[str, int]:
+    """The figures in a folder now, by name, with when they were written."""
+    return {path.stem: path.stat().st_mtime_ns for path in folder.glob("*.png")}
 
 
 def _title(content: Any, name: str) -> str:

@@ -16,9 +16,10 @@ import torch
 
 from llmlab.data import Question
 from llmlab.errors import InputError
+from llmlab.kernels.fast import default_dtype
 from llmlab.loading import load
 from llmlab.measure.ablation import scoring_flops
-from llmlab.model import LM
+from llmlab.model import LM, check_device
 from llmlab.quantization.stream import stream
 from llmlab.scoring import shared
 from llmlab.scoring.encode import Sequence, encode

@@ -18,7 +18,7 @@ from llmlab import __version__
 from llmlab.base.clock import faster
 from llmlab.kernels.fast import packed_dtype
 from llmlab.kernels.plain import slow_on_cpu
-from llmlab.kernels.torch_packed import GROUP_SIZES, Multiply, int4_product, int8_product
+from llmlab.kernels.torch_packed import GROUP_SIZES, Int4Product, Int8Product, Multiply
 from llmlab.model import DTYPES, LM, check_dtype
 from llmlab.quantization.grid import Quantized, Scheme, rtn
 from llmlab.quantization.packing import pack, unpack
@@ -165,7 +165,7 @@ def choose_kernel(linear: QuantLinear) -> tuple[str, Multiply | None]:
     return REFERENCE, None
 
 
-def _int4_cpu(linear: QuantLinear, size: int) -> Multiply:
+def _int4_cpu(linear: QuantLinear, size: int) -> Int4Product:
     """torch's 4-bit kernel; 2 and 3 bits take a nibble each, too."""
     whole = linear.unpacked()
     order = None if linear.sequential else torch.argsort(linear.g_idx, stable=True)  # groups side by side again
@@ -174,14 +174,13 @@ def _int4_cpu(linear: QuantLinear, size: int) -> Multiply:
     if linear.bits < 4:  # there is room to move the zero point to 8, the kernel's own, where nothing is rounded
         codes += (8 - zeros).repeat_interleave(size, dim=1)
         zeros = torch.full_like(zeros, 8)
-    multiply = int4_product(codes, whole.scales, zeros, size)
-    return multiply if order is None else lambda x: multiply(x[:, order])
+    return Int4Product(codes, whole.scales, zeros, size, order)
 
 
-def _int8_cpu(linear: QuantLinear) -> Multiply:
+def _int8_cpu(linear: QuantLinear) -> Int8Product:
     """torch's 8-bit kernel."""
     codes = (unpack(linear.qweight, 8).T.short() - 128).to(torch.int8)  # [m, n]
-    return int8_product(codes, linear.scales[0])
+    return Int8Product(codes, linear.scales[0])
 
 
 @functools.cache
