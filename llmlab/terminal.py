@@ -96,7 +96,8 @@ def doctor_table(found: dict[str, Any]) -> Table:
     row("memory", f"{machine['memory'] / 2**30:.1f} GiB")
     row("system", f"{machine['system']}, Python {sys.version.split()[0]}")
     for gpu in machine["gpus"]:
-        row("GPU", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory'] / 2**30:.0f} GiB")
+        name = f"{gpu['name']}, capability {gpu['capability'] or 'unknown'}, {gpu['memory'] / 2**30:.0f} GiB"
+        row("GPU", name if gpu["usable"] else f"{name}: not usable", "" if gpu["usable"] else "red")
     if not machine["gpus"]:
         row("GPU", "none")
     row("built-in model", found["builtin_model"]["where"])

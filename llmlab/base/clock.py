@@ -29,9 +29,10 @@ class Timing:
 
 
 def synchronize() -> None:
-    """Wait until the GPUs have done all that was asked of them; nothing to wait for on CPU."""
-    for index in range(torch.cuda.device_count()):
-        torch.cuda.synchronize(index)
+    """Wait until the GPUs have done all that was asked of them; nothing to wait for where none was used."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no hints for it
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(index)
 
 
 def seconds_of(run: Callable[[], object], device: torch.device | None = None) -> float:

@@ -21,11 +21,12 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from llmlab.cuda import nvidia, usable
 from llmlab.errors import InputError
 from llmlab.lab.sweep_grid import Grid, read_grid
 from llmlab.lab.sweep_ray import check_ray, run_on_ray
 from llmlab.lab.sweep_run import ATTEMPTS, Attempt, Run, end_processes, settle
-from llmlab.measure.environment import gpus, usable_cores
+from llmlab.measure.environment import usable_cores
 from llmlab.measure.record import check_store, merge, read_records
 from llmlab.paths import atomic, check_writable
 from llmlab.progress import in_notebook, progress
@@ -113,9 +114,9 @@ def _executor(name: str, address: str | None, plan: Grid) -> Callable[[Sequence[
 
 def _slots(plan: Grid) -> list[list[str]]:
     """The GPUs of each run that may be under way at a time; there are as many slots as cores and GPUs allow."""
-    cores, cards = usable_cores(), [str(index) for index in range(len(gpus()))]
+    cores, cards = usable_cores(), [str(index) for index in usable(nvidia())]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        cards = visible.split(",")[: len(cards)]
+        cards = [visible.split(",")[int(index)] for index in cards]
     if plan.cores > cores or plan.gpus > len(cards):
         needs = f"a run needs {plan.cores} cores and {plan.gpus} GPUs"
         raise InputError(f"{needs}, this machine has {cores} and {len(cards)}: ask for fewer, or use a Ray cluster.")

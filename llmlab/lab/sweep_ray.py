@@ -10,9 +10,10 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from llmlab.cuda import nvidia, usable
 from llmlab.errors import InputError
 from llmlab.lab.sweep_run import Attempt, Run, state
-from llmlab.measure.environment import gpus, usable_cores
+from llmlab.measure.environment import usable_cores
 
 OBJECTS = 80 * 2**20  # bytes of a local Ray's object store, near the least it takes: runs share files, not objects
 
@@ -42,7 +43,7 @@ def run_on_ray(runs: Sequence[Run], done: Callable[[Run, dict[str, Any]], None],
     ray: Any = importlib.import_module("ray")
     ours = not ray.is_initialized()
     if ours:
-        local = {"num_cpus": usable_cores(), "num_gpus": len(gpus()), "object_store_memory": OBJECTS}
+        local = {"num_cpus": usable_cores(), "num_gpus": len(usable(nvidia())), "object_store_memory": OBJECTS}
         how = {"address": address} if address else {"address": "local", "include_dashboard": False} | local
         try:
             ray.init(**how, log_to_driver=False, logging_level=logging.ERROR)

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from llmlab import __version__
+from llmlab.cuda import advice, dotted, nvidia, usable
 from llmlab.errors import InputError
 from llmlab.kernels import fast
 from llmlab.kernels.plain import fastest_library, onednn_takes, slow_on_cpu
@@ -73,13 +74,13 @@ def usable_cores() -> int:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Every CUDA device: name, compute capability, memory in bytes."""
-    found = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        capability = f"{properties.major}.{properties.minor}"
-        found.append({"name": properties.name, "capability": capability, "memory": properties.total_memory})
-    return found
+    """Every NVIDIA GPU: name, compute capability, memory in bytes, and whether this build of torch can use it."""
+    here = nvidia()
+    good = usable(here)
+    return [
+        {"name": c.name, "capability": dotted(c.capability), "memory": c.memory, "usable": index in good}
+        for index, c in enumerate(here.cards)
+    ]
 
 
 def hardware() -> dict[str, Any]:
@@ -90,14 +91,15 @@ def hardware() -> dict[str, Any]:
         "cores": usable_cores(),
         "memory": psutil.virtual_memory().total,
         "gpus": gpus(),
+        "cuda": {"build": nvidia().cuda, "driver": nvidia().driver, "problem": advice()},
         "system": f"{platform.system()} {platform.machine()}",
     }
 
 
 def kernels() -> list[tuple[str, bool, str]]:
     """Every kernel llmlab can use: (what, usable here, why or why not)."""
-    cards = gpus()
-    capability = min((tuple(map(int, card["capability"].split("."))) for card in cards), default=None)
+    cards = [nvidia().cards[index] for index in usable(nvidia())]
+    capability = min((card.capability for card in cards if card.capability), default=None)
     no_gpu = "no CUDA device"
     bf16_gpu = capability is not None and capability >= (8, 0)
     have = versions(OPTIONAL)

@@ -25,7 +25,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
+from llmlab.cuda import advice, nvidia, usable
 from llmlab.errors import InputError, RankError
+from llmlab.model import check_device
 from llmlab.progress import progress
 from llmlab.sharding.rank import Rank, join
 
@@ -238,12 +240,13 @@ def check_world(size: int, device: str | None) -> str:
     """The device type of `size` ranks on this machine. Raises InputError if it has too few."""
     if size < 1:
         raise InputError(f"{size} ranks: give a positive number.")
-    gpus = torch.cuda.device_count()
-    device = device or ("cuda" if gpus else "cpu")
+    device = device or check_device(None).type
     if device not in ("cpu", "cuda"):
         raise InputError(f"unknown device {device!r}: choose cpu or cuda.")
-    if device == "cuda" and size > gpus:
-        raise InputError(f"{size} ranks need {size} GPUs, torch sees {gpus}: use fewer ranks, or device='cpu'.")
+    good = usable(nvidia())
+    if device == "cuda" and good[:size] != list(range(size)):
+        helps = advice() or "use fewer ranks, or device='cpu'."
+        raise InputError(f"{size} ranks need {size} GPUs, torch can use {len(good)}: {helps}")
     return device
 
 
