@@ -13,7 +13,7 @@ import typer
 from llmlab.cli_bench import bench, challenge, quantize
 from llmlab.cli_compare import compare
 from llmlab.cli_lab import report, sweep
-from llmlab.errors import InputError
+from llmlab.errors import InputError, Interrupted
 from llmlab.options import (
     BatchSize,
     BitsAndBytes,
@@ -256,11 +256,13 @@ def main() -> None:
         status = app(standalone_mode=False)
     except InputError as error:
         status = _complain(str(error), 2)
-    except KeyboardInterrupt as stop:
-        status = _complain(str(stop) or "interrupted.", INTERRUPTED)
+        if status == INTERRUPTED:  # typer makes this of a KeyboardInterrupt
+            _complain("interrupted.", INTERRUPTED)
+    except Interrupted as stop:
+        status = _complain(str(stop), INTERRUPTED)
+    except KeyboardInterrupt:
+        status = _complain("interrupted.", INTERRUPTED)
     except Exception as error:
-        if isinstance(error.__cause__, KeyboardInterrupt):  # click makes an Abort of it
-            sys.exit(_complain(str(error.__cause__) or "interrupted.", INTERRUPTED))
         # Typer's usage errors (unknown option, missing value) derive from click's, vendored or not.
         if not hasattr(error, "format_message"):
             raise

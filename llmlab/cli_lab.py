@@ -45,9 +45,8 @@ def report(
     chosen = lab.find_notebooks(notebooks or [])
     folder = output or home() / "report"
 
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
-    ) as live:
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as live:
         names: list[str] = []
         line = live.add_task("")
 

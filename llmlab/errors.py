@@ -19,3 +19,7 @@ class RankError(RuntimeError):
     def __init__(self, text: str, rank: int) -> None:
         super().__init__(text)
         self.rank = rank
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM ended long work: the sentence says where it stood and what is kept."""

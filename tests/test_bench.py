@@ -24,6 +24,8 @@ from llmlab.scoring.attention import tries_attend
 from llmlab.scoring.encode import encode
 from llmlab.scoring.trie import question_tries
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def half(tiny_folders):

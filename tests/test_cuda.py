@@ -8,10 +8,11 @@ import torch
 
 import llmlab
 from llmlab import cuda
+from llmlab.base import clock
 from llmlab.cli import doctor
 from llmlab.cuda import BUILDS, Card, Nvidia, problem, serves, usable
 from llmlab.errors import InputError
-from llmlab.measure import clock, environment
+from llmlab.measure import environment
 from llmlab.model import check_device
 from llmlab.sharding.launch import check_world
 from llmlab.terminal import console

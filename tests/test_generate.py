@@ -29,6 +29,7 @@ def test_greedy_equals_transformers_on_the_real_model(smollm2):
     assert result.completions[0].text.startswith(" Paris")
 
 
+@pytest.mark.slow
 def test_a_ragged_batch_equals_single_rows(smollm2):
     single = llmlab.generate(smollm2, PROMPTS, max_new_tokens=24)
     batch = llmlab.generate(smollm2, PROMPTS, max_new_tokens=24, batch_size=4)

@@ -6,6 +6,8 @@ from lm_eval.models.huggingface import HFLM
 
 from llmlab.measure.harness import HarnessLM
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def both(smollm2):

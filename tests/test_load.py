@@ -12,6 +12,7 @@ from llmlab.paths import cache_folder
 from llmlab.sources import resolve
 
 
+@pytest.mark.slow
 def test_conversion_keeps_every_value_of_the_gguf_file(smollm2):
     from gguf import GGUFReader, dequantize
 
@@ -35,6 +36,7 @@ def test_the_built_in_model_knows_the_capital_of_france(smollm2):
     assert smollm2.decode([int(smollm2.model(ids).logits[0, -1].argmax())]) == " Paris"
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_leaves_no_model(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMLAB_CACHE", str(tmp_path))
     truncated = tmp_path / "half.gguf"

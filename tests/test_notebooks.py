@@ -5,6 +5,8 @@ from conftest import CHECKOUT
 
 from llmlab.lab.report import report
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "00_start_here": {"limit": 3, "max_new_tokens": 6},
     "02_sharding": {"limit": 4},

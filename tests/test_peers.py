@@ -13,6 +13,8 @@ from llmlab.quantization.calibrate import calibration_rows, quantize
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.linear import dequantized
 
+pytestmark = pytest.mark.slow
+
 TEXT = "\n".join(f"{q.context} {q.endings[q.label]}" for q in llmlab.data.everyday())
 
 

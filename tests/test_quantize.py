@@ -83,6 +83,7 @@ def test_more_bits_lose_less(tiny, calibration, bits, bound):
     assert ((exact - found).norm() / exact.norm()) < bound
 
 
+@pytest.mark.slow
 def test_gptq_beats_rounding_on_the_real_model(smollm2):
     """Two layers of the built-in model: output error against round-to-nearest, on text not calibrated with."""
     short = llmlab.load("smollm2", dtype="fp32")
@@ -99,6 +100,7 @@ def test_gptq_beats_rounding_on_the_real_model(smollm2):
     assert errors["gptq"] < 0.8 * errors["rtn"]
 
 
+@pytest.mark.slow
 def test_rotation_changes_nothing_but_the_weights(smollm2):
     turned = rotated(smollm2)
     exact, found = logits(smollm2), logits(turned)
@@ -155,6 +157,7 @@ def _job(folder, target):
     quantize_to(folder, target, TEXT, Scheme(4, 32), rows=2)
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_behind_its_finished_layers(tiny_folders, tmp_path):
     folder, target = str(tiny_folders["llama"]), tmp_path / "q"
     quantize_to(folder, tmp_path / "whole", TEXT, Scheme(4, 32), rows=2)

@@ -19,6 +19,8 @@ from llmlab.quantization.calibrate import calibration_rows, quantize
 from llmlab.quantization.grid import Scheme
 from llmlab.shard import Cuts
 
+pytestmark = pytest.mark.slow
+
 TEXT = "\n".join(f"{q.context} {q.endings[q.label]}" for q in llmlab.data.everyday())
 
 

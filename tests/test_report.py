@@ -87,6 +87,7 @@ child.wait()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_report_says_so_in_one_line_and_leaves_no_process(home, stop):
     write(home / "notebooks", "00_fine", "x")
@@ -164,6 +165,7 @@ append(Record(task="everyday", metrics={"seconds": Metric(2.0, "s"), "acc": Metr
 """
 
 
+@pytest.mark.slow
 def test_figures_and_records_belong_to_the_notebook_that_wrote_them(home):
     (home / "report" / "figures").mkdir(parents=True)
     (home / "report" / "figures" / "old.png").write_bytes(b"from another day")

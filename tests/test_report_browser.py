@@ -7,6 +7,8 @@ from llmlab import InputError
 from llmlab.lab.pdf import find_chromium
 from llmlab.lab.report import report
 
+pytestmark = pytest.mark.slow
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 try:
     CHROMIUM = find_chromium()

@@ -27,6 +27,7 @@ def harness_log_probs(lm, questions):
     return [[next(values) for _ in q.endings] for q in questions]
 
 
+@pytest.mark.slow
 def test_score_equals_lm_evaluation_harness_on_the_real_model(smollm2, rows):
     questions = rows[:20]
     expected = harness_log_probs(smollm2, questions)

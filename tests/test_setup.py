@@ -7,6 +7,8 @@ import subprocess
 import pytest
 from conftest import CHECKOUT
 
+pytestmark = pytest.mark.slow
+
 STUB = """#!/bin/sh
 # Stands for Python: its virtual environments hold a copy of it; $STATE keeps what was asked and whether pip is there.
 echo "$*" >> "$STATE/asked"

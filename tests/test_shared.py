@@ -74,6 +74,7 @@ def test_the_mask_lets_a_node_see_its_ancestors(sequences):
             assert (mask[node] == 0).nonzero().flatten().tolist() == path
 
 
+@pytest.mark.slow
 def test_real_rows_shared_equals_reference_in_fp32(smollm2, rows):
     sequences = encode(smollm2, rows[20:32])
     expected, _ = reference.log_probs(smollm2, sequences)

@@ -16,6 +16,8 @@ from llmlab.decoding.sampling import next_token_probs
 from llmlab.decoding.speculative import verify
 from llmlab.drafting import forecast, named_drafts, self_4bit
 
+pytestmark = pytest.mark.slow
+
 DRAWS = 20_000
 PROMPTS = [
     "Repeat after me: the red fox, the red fox, the red fox,",

@@ -24,6 +24,8 @@ from llmlab.lab.sweep_ray import check_capacity
 from llmlab.lab.sweep_run import ATTEMPTS, MARK
 from llmlab.measure.record import merge, read_records, runs_file
 
+pytestmark = pytest.mark.slow
+
 RECORD = """
 import os, random, time
 from llmlab.measure.record import Record, append

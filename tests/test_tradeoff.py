@@ -15,6 +15,8 @@ from llmlab.measure.record import Record, append, read_records
 from llmlab.measure.tradeoff import material, measure_point, perplexity_ratio
 from llmlab.stats import Metric
 
+pytestmark = pytest.mark.slow
+
 GRID = CHECKOUT / "notebooks/points/trade_offs.yaml"
 PROMPTS = ["The cat sat on the mat. The cat sat on", "One, two, three, four, one, two,"]
 

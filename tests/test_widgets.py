@@ -228,6 +228,7 @@ def notebook(tmp_path, monkeypatch):
     return tmp_path / "in.ipynb"
 
 
+@pytest.mark.slow
 def test_papermill_gets_the_figure_and_no_widget(notebook, monkeypatch):
     monkeypatch.setenv("JPY_SESSION_NAME", "a kernel of JupyterLab from which the run was started")
     out = notebook.with_name("out.ipynb")
@@ -240,6 +241,7 @@ def test_papermill_gets_the_figure_and_no_widget(notebook, monkeypatch):
     assert (notebook.parent / "report" / "figures" / "plan.png").exists()
 
 
+@pytest.mark.slow
 def test_a_front_end_that_names_its_cells_gets_the_widget_and_the_figure(notebook):
     content = nbformat.read(notebook, as_version=4)
     client = NotebookClient(content)

@@ -18,6 +18,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from llmlab.lab.report import render
 
+pytestmark = pytest.mark.slow
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install llmlab[dev]")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:

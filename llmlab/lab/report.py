@@ -13,7 +13,7 @@ from typing import Any
 import nbformat
 import papermill
 
-from llmlab.errors import InputError
+from llmlab.errors import InputError, Interrupted
 from llmlab.lab.execute import execute
 from llmlab.lab.pages import render, write_challenge_page, write_index
 from llmlab.lab.pdf import find_chromium, write_pdf
@@ -118,7 +118,7 @@ def report(
     Raises:
         InputError: before the first notebook runs: an unknown parameter, an unreadable notebook, an unwritable folder,
             a PDF without Chromium.
-        KeyboardInterrupt: with a sentence; the kernel has ended, and the index shows the notebooks that finished.
+        Interrupted: by Ctrl-C or SIGTERM; the kernel has ended, and the index shows the notebooks that finished.
     """
     parameters = parameters or {}
     chromium = find_chromium() if pdf else None
@@ -136,7 +136,7 @@ def report(
             run = run_notebook(notebook, output, parameters)
         except KeyboardInterrupt:
             write_index(runs, output, seconds=time.perf_counter() - begin, command=again)
-            raise KeyboardInterrupt(
+            raise Interrupted(
                 f"interrupted in {notebook.stem} after {time.perf_counter() - started:.0f} s; "
                 f"{len(runs)} of {len(notebooks)} notebooks are in {output / 'index.html'}."
             ) from None

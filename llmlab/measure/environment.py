@@ -20,7 +20,6 @@ from llmlab.errors import InputError
 from llmlab.kernels import fast
 from llmlab.kernels.plain import fastest_library, onednn_takes, slow_on_cpu
 from llmlab.measure.energy import availability
-from llmlab.model import check_device
 from llmlab.paths import PACKAGE
 from llmlab.sources import BUILTIN, resolve
 
@@ -135,7 +134,7 @@ def inventory() -> dict[str, Any]:
         model = {"found": True, "where": Path(resolve(BUILTIN).location).name}
     except InputError as error:
         model = {"found": False, "where": str(error)}
-    device = check_device(None)
+    device = torch.device("cuda" if usable(nvidia()) else "cpu")
     return {
         "llmlab": __version__,
         "commit": git_commit(),
