@@ -34,7 +34,8 @@ def versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
     found = {}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            # torch's own word, "2.13.0+cu130": its metadata in the ordinary index leave out which build it is.
+            found[name] = torch.__version__ if name == "torch" else importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
