@@ -14,7 +14,7 @@ from conftest import CHECKOUT
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 WITHOUT_BF16 = {"LLMLAB_WITHOUT_BF16": "1"}
 SUITE = ["test_fast.py", "test_plain.py", "test_kernels.py", "test_engine.py", "test_precisions.py"]
-LIMITED = [*SUITE, "test_checkpoint.py", "test_quantize.py", "test_generate.py", "test_bench.py"]
+REST = ["test_checkpoint.py", "test_quantize.py", "test_generate.py", "test_bench.py"]
 NOTEBOOKS = ["test_notebooks.py::test_notebook[00_start_here]", "test_notebooks.py::test_notebook[03_quantization]"]
 
 
@@ -30,7 +30,7 @@ def run(names, limits, *options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [LIMITED, NOTEBOOKS], ids=["suite", "notebooks"])
+@pytest.mark.parametrize("names", [SUITE, REST, NOTEBOOKS], ids=["kernels", "rest", "notebooks"])
 def test_a_process_limited_to_avx2(names):
     assert "passed" in run(names, AVX2, "-o", "addopts=-q --strict-markers")
 
