@@ -27,6 +27,7 @@ REFERENCE = "dequantize, then matmul"
 INT4_CPU = "torch int4 (CPU)"
 INT8_CPU = "torch int8 (CPU)"
 TRITON = "Triton W4A16"
+ROUNDED_ROWS = 32  # rows that are rounded to bf16 where that is not the dtype: decoding; scoring stays exact
 DECODE_ROWS = 8  # up to here a step is bound by reading the weights
 
 
@@ -104,6 +105,8 @@ class QuantLinear(torch.nn.Module):
         """Choose the kernel for this device, pack for it, and measure up to how many rows of `dtype` it is faster."""
         self.kernel, self.fast = choose_kernel(self)
         self.limit = crossover(self.in_features, self.out_features, self.bits, dtype, self.kernel) if self.fast else 0
+        if dtype != torch.bfloat16 and self.kernel in (INT4_CPU, INT8_CPU):
+            self.limit = min(self.limit, ROUNDED_ROWS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] in any float dtype to [..., out_features] in the same."""
