@@ -254,10 +254,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: nothing that was started is left
     try:
         status = app(standalone_mode=False)
-    except InputError as error:
-        status = _complain(str(error), 2)
         if status == INTERRUPTED:  # typer makes this of a KeyboardInterrupt
             _complain("interrupted.", INTERRUPTED)
+    except InputError as error:
+        status = _complain(str(error), 2)
     except Interrupted as stop:
         status = _complain(str(stop), INTERRUPTED)
     except KeyboardInterrupt:

@@ -236,3 +236,15 @@ def test_quantize_writes_a_checkpoint_that_score_reads(run, tiny_folders, rows_f
     assert status == 2 and "5 bits: choose one of 2, 3, 4, 8" in complaint
     status, _, complaint = run("quantize", *small, "--bits", 4, "--output", tmp_path / "q")
     assert status == 2 and "exists already" in complaint
+
+
+def test_an_interrupted_verb_says_so_in_one_line(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmlab.measure.environment.inventory", interrupt)
+    monkeypatch.setattr(sys, "argv", ["llmlab", "doctor"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "llmlab: interrupted.\n"
