@@ -15,7 +15,7 @@ from llmlab.quantization.calibrate import Report, calibration_rows, quantize
 from llmlab.quantization.gptq import Hessian, factorize, gptq
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.job import quantize_to
-from llmlab.quantization.linear import INT4_CPU, QuantLinear, dequantized, with_dtype
+from llmlab.quantization.linear import INT4_CPU, QuantLinear, bits_per_weight, dequantized, with_dtype
 from llmlab.quantization.rotate import random_orthogonal, rotate, rotated
 from llmlab.quantization.stream import stream
 
@@ -74,6 +74,15 @@ def test_the_original_is_left_alone_and_only_layers_change(tiny, calibration):
     assert report.tokens == 512 and report.seconds > 0
     assert q.transformation == "gptq 4 bits, group 32"
     assert 0 < q.weight_bytes < tiny.weight_bytes
+
+
+def test_a_weight_takes_its_bits_and_its_share_of_the_grid(tiny):
+    q = quantize(tiny, 4, 32, method="rtn")
+    assert any(m.fast for m in q.model.modules() if isinstance(m, QuantLinear))  # whose own copy is not saved
+    # 4 bits of code; an fp16 scale and a 4-bit zero point for 32 weights; 32 bits of g_idx for a column of m weights.
+    linears = [m for m in q.model.modules() if isinstance(m, QuantLinear)]
+    columns = sum(m.in_features for m in linears) / sum(m.in_features * m.out_features for m in linears)
+    assert bits_per_weight(q.model) == pytest.approx(4 + 20 / 32 + 32 * columns)
 
 
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.01), (4, 0.2), (3, 0.4)])

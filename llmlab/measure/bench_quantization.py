@@ -23,7 +23,7 @@ from llmlab.measure.record import Measurement
 from llmlab.model import LM
 from llmlab.quantization.calibrate import Report, quantize
 from llmlab.quantization.grid import Scheme
-from llmlab.quantization.linear import QuantLinear, dequantized, with_dtype
+from llmlab.quantization.linear import QuantLinear, bits_per_weight, dequantized, with_dtype
 from llmlab.quantization.rotate import rotated
 from llmlab.scoring.perplexity import perplexity
 from llmlab.scoring.score import score
@@ -219,11 +219,9 @@ class _Exact:
 
 def _size(lm: LM) -> dict[str, Any]:
     """Bytes of the model, and bits a weight of the decoder layers' Linears as saved."""
-    linears = [m for m in lm.model.modules() if isinstance(m, QuantLinear)]
     found: dict[str, Any] = {"bytes": lm.weight_bytes}
-    if linears:
-        stored = sum(b.numel() * b.element_size() for m in linears for n, b in m.named_buffers() if n != "bias")
-        found["bits_per_weight"] = 8 * stored / sum(m.in_features * m.out_features for m in linears)
+    if any(isinstance(m, QuantLinear) for m in lm.model.modules()):
+        found["bits_per_weight"] = bits_per_weight(lm.model)
     return found
 
 

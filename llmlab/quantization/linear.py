@@ -285,3 +285,10 @@ def prepare(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, int]:
             module.prepare(dtype)
             counts[module.kernel] = counts.get(module.kernel, 0) + 1
     return counts
+
+
+def bits_per_weight(model: torch.nn.Module) -> float:
+    """Bits that a weight of a model's QuantLinears takes as saved: codes and grids, not biases or a kernel's copies."""
+    linears = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    saved = [b for m in linears for name, b in m.named_buffers(recurse=False) if name != "bias"]
+    return 8 * sum(b.numel() * b.element_size() for b in saved) / sum(m.in_features * m.out_features for m in linears)
