@@ -117,6 +117,14 @@ def test_bench_scoring_reports_what_it_promises(llama, half, rows):
     assert measured["speedup_vs_lm_eval"].low <= measured["speedup_vs_lm_eval"].value
 
 
+def test_bench_scoring_without_a_fast_half_precision_leaves_it_out_of_its_record(llama, rows):
+    result = bench_scoring(llama, None, rows[:2], repeats=1)
+    assert not [name for name in result if "bf16" in name or "half" in name]
+    measured = measurement(result).metrics()
+    assert measured["speedup_vs_lm_eval"].value == result["speedup_vs_lm_eval"]
+    assert not [name for name in measured if "bf16" in name]
+
+
 def test_the_baseline_is_tuned(llama, rows):
     size, seconds = best_batch_size(llama, rows[:3], min_runs=1)
     assert seconds[size] == min(seconds.values())

@@ -369,3 +369,13 @@ def test_records_are_merged_once(home):
     assert merge([one, two, home / "none.jsonl"], store) == 1
     assert merge([one, two], store) == 0
     assert [row["metrics"]["acc"]["value"] for row in read_records(store)] == [3.0, 1.0, 2.0]
+
+
+def test_each_run_draws_into_its_own_folder(home, monkeypatch):
+    monkeypatch.setenv("LLMLAB_FIGURES", str(home / "another"))  # as in a notebook that a report runs
+    folder = "from llmlab.paths import figures_folder\nfolder = figures_folder()"
+    path = write(home / "n.ipynb", folder, "folder.mkdir(parents=True)\n(folder / str(x)).touch()")
+    frame = sweep({"notebook": path, "grid": {"x": [1, 2]}}, output=home / "out")
+    assert list(frame["status"]) == ["finished"] * 2
+    assert sorted(file.name for file in (home / "out").glob("*/figures/*")) == ["1", "2"]
+    assert not (home / "another").exists()

@@ -85,6 +85,7 @@ class Attempt:
         self._begin = self._looked = time.monotonic()
         path = os.pathsep.join(filter(None, [str(run.folder), os.environ.get("PYTHONPATH")]))
         own = {MARK: str(self.work), "LLMLAB_HOME": str(self.work), "PYTHONPATH": path}
+        own |= {"LLMLAB_FIGURES": str(self.work / "figures")}
         own |= {name: str(run.cores) for name in THREADS} | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
         with (self.work / "log.txt").open("wb") as log:
             self._process = subprocess.Popen(

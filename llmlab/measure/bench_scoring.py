@@ -163,11 +163,15 @@ def own_matmuls(lm: LM, matmul: Callable[..., torch.Tensor], rows: int = MATMUL_
 
 
 def measurement(result: dict[str, Any]) -> Measurement:
-    """The benchmark's main numbers for a record; speeds are ratios to lm-evaluation-harness in the same run."""
+    """The benchmark's main numbers for a record; speeds are ratios to lm-evaluation-harness in the same run.
+
+    Without a fast half precision its numbers are not there.
+    """
     ratios = ("speedup_vs_lm_eval", "speedup_bf16", "speedup_bf16_vs_lm_eval_fp32", "speedup_vs_reference")
-    values = {name: Metric(result[name], "x", *result[f"{name}_interval"]) for name in ratios}
+    values = {name: Metric(result[name], "x", *result[f"{name}_interval"]) for name in ratios if name in result}
     for name in ("prediction_agreement", "mfu", "mfu_bf16"):
-        values[name] = Metric(result[name])
+        if name in result:
+            values[name] = Metric(result[name])
     values["max_abs_delta_log_prob"] = Metric(result["max_abs_delta_log_prob"], "nat")
     values["seconds"] = Metric(result["seconds"]["shared"], "s")
     protocol = (
