@@ -41,9 +41,11 @@ def reference_kernel(*models):
     limits = [linear.limit for linear in linears]
     for linear in linears:
         linear.limit = 0
-    yield
-    for linear, limit in zip(linears, limits, strict=True):
-        linear.limit = limit
+    try:
+        yield
+    finally:
+        for linear, limit in zip(linears, limits, strict=True):
+            linear.limit = limit
 
 
 TINY = {

@@ -58,9 +58,8 @@ def rounds(
     counted: int = 5,
     warmup: int = 1,
     hopeless: float = 4.0,
-    device: torch.device | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate, one after the other in every round: for choices made while a program runs.
+    """Seconds of each candidate on CPU, one after the other in every round: for choices made while a program runs.
 
     Args:
         candidates: name to function.
@@ -68,29 +67,22 @@ def rounds(
         warmup: rounds before them.
         hopeless: a candidate this many times slower than the fastest in the last warm-up keeps that time alone: nobody
             waits for what will not be chosen.
-        device: as in `seconds_of`.
     """
     times: dict[str, list[float]] = {}
     for _ in range(warmup):
-        times = {name: [seconds_of(run, device)] for name, run in candidates.items()}
+        times = {name: [seconds_of(run)] for name, run in candidates.items()}
     best = min((first for (first,) in times.values()), default=float("inf"))
     racing = [name for name in candidates if not times or times[name][0] <= hopeless * best]
     times |= {name: [] for name in racing}
     for _ in range(counted):
         for name in racing:
-            times[name].append(seconds_of(candidates[name], device))
+            times[name].append(seconds_of(candidates[name]))
     return times
 
 
-def faster(
-    candidate: Callable[[], object],
-    baseline: Callable[[], object],
-    *,
-    counted: int = 7,
-    device: torch.device | None = None,
-) -> float:
-    """How many times faster `candidate` is than `baseline`, here and now: the median ratio of interleaved rounds."""
-    times = rounds({"baseline": baseline, "candidate": candidate}, counted=counted, device=device)
+def faster(candidate: Callable[[], object], baseline: Callable[[], object], *, counted: int = 7) -> float:
+    """How many times faster `candidate` is than `baseline` on CPU, here and now: medians of interleaved rounds."""
+    times = rounds({"baseline": baseline, "candidate": candidate}, counted=counted)
     return statistics.median(times["baseline"]) / statistics.median(times["candidate"])
 
 

@@ -15,6 +15,7 @@ Lossless up to rounding: a sum may run in another order.
 """
 
 import copy
+from abc import ABC, abstractmethod
 from functools import partial
 from types import MethodType
 from typing import Any, ClassVar, Optional, cast
@@ -55,11 +56,11 @@ def prepare(model: torch.nn.Module, dtype: torch.dtype, *, pack: bool = True) ->
         for name, child in list(parent._modules.items()):
             if pack and type(child) is torch.nn.Linear and _packs(child):
                 setattr(parent, name, PackedLinear(child))
-            elif pack and type(child) is torch.nn.Linear and child.weight.device.type == "cpu" and _widens(child):
+            elif pack and type(child) is torch.nn.Linear and _widens(child):
                 setattr(parent, name, WidenedRows(child))
             elif type(child).__name__.endswith("RMSNorm"):
                 setattr(parent, name, _rms_norm(child))
-    laid_out = [module for module in model.modules() if isinstance(module, PackedLinear | WidenedRows)]
+    laid_out = [module for module in model.modules() if isinstance(module, TwoWays)]
     if laid_out:
         rows = _rows_of_torch(laid_out)
         for module in laid_out:
@@ -73,7 +74,8 @@ def _packs(linear: torch.nn.Linear) -> bool:
 
 
 def _widens(linear: torch.nn.Linear) -> bool:
-    return linear.weight.numel() > 0 and slow_on_cpu(linear.weight.dtype)
+    weight = linear.weight
+    return weight.device.type == "cpu" and weight.numel() > 0 and slow_on_cpu(weight.dtype)
 
 
 def multiply(x: torch.Tensor, packed: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:  # noqa: UP045
@@ -82,15 +84,11 @@ def multiply(x: torch.Tensor, packed: torch.Tensor, bias: Optional[torch.Tensor]
     return product
 
 
-class PackedLinear(torch.nn.Module):
-    """y = x W^T + b with W in oneDNN's blocked layout, a second copy; up to `rows_of_torch` rows with W as it was."""
-
-    multiply: ClassVar[Any] = None  # set below: `multiply`, or while a pass is recorded its compiled twin
+class TwoWays(torch.nn.Module, ABC):
+    """y = x W^T + b: up to `rows_of_torch` rows as torch does it, above them by `other`, which a subclass gives."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), 8)
-        self.register_buffer("packed", packed, persistent=False)
         self.weight, self.bias = linear.weight, linear.bias
         self._forward_hooks = linear._forward_hooks  # tensor parallelism's all-reduce
         self.rows_of_torch = 0
@@ -99,6 +97,25 @@ class PackedLinear(torch.nn.Module):
         """[..., in] to [..., out]."""
         if x.shape[:-1].numel() <= self.rows_of_torch:
             return torch.nn.functional.linear(x, self.weight, self.bias)
+        return self.other(x)
+
+    @abstractmethod
+    def other(self, x: torch.Tensor) -> torch.Tensor:
+        """The same for more rows."""
+
+
+class PackedLinear(TwoWays):
+    """The other way: W in oneDNN's blocked layout, a second copy."""
+
+    multiply: ClassVar[Any] = None  # set below: `multiply`, or while a pass is recorded its compiled twin
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__(linear)
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), 8)
+        self.register_buffer("packed", packed, persistent=False)
+
+    def other(self, x: torch.Tensor) -> torch.Tensor:
+        """By oneDNN."""
         product: torch.Tensor = PackedLinear.multiply(x, self.packed, self.bias)
         return product
 
@@ -106,25 +123,18 @@ class PackedLinear(torch.nn.Module):
 PackedLinear.multiply = multiply
 
 
-class WidenedRows(torch.nn.Module):
-    """y = x W^T + b with W in a half precision that this processor is slow at: above `rows_of_torch` rows by fp32."""
+class WidenedRows(TwoWays):
+    """The other way for a half precision that this processor is slow at: by fp32."""
 
-    def __init__(self, linear: torch.nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self._forward_hooks = linear._forward_hooks  # tensor parallelism's all-reduce
-        self.rows_of_torch = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] to [..., out]."""
-        few = x.shape[:-1].numel() <= self.rows_of_torch
-        return (torch.nn.functional.linear if few else widened_linear)(x, self.weight, self.bias)
+    def other(self, x: torch.Tensor) -> torch.Tensor:
+        """By fp32 products."""
+        return widened_linear(x, self.weight, self.bias)
 
 
 _measured: dict[Any, int] = {}
 
 
-def _rows_of_torch(linears: list[Any]) -> int:
+def _rows_of_torch(linears: list[TwoWays]) -> int:
     """Up to how many rows torch's own way beats the other one on these matrices; measured once for their shapes."""
     weight = linears[0].weight
     key = (weight.dtype, frozenset(m.weight.shape for m in linears), torch.get_num_threads())
@@ -144,7 +154,7 @@ def _rows_of_torch(linears: list[Any]) -> int:
 
 
 @torch.inference_mode()
-def _multiply_all(linears: list[Any], rows: int, limit: int) -> None:
+def _multiply_all(linears: list[TwoWays], rows: int, limit: int) -> None:
     """Rows times all of them, in torch's way up to `limit` rows."""
     for module in linears:
         module.rows_of_torch = limit

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from llmlab.base.clock import rounds
-from llmlab.kernels.plain import HALF, LIBRARIES, libraries, onednn_takes
+from llmlab.kernels.plain import HALF, LIBRARIES, libraries, onednn_linear, onednn_takes, random_linear
 from llmlab.kernels.torch_packed import Int4Product, Int8Product, Multiply
 from llmlab.paths import atomic, cache_folder
 
@@ -83,13 +83,13 @@ def measure() -> Table:
         candidates = {}
         for name, dtype in DTYPES.items():
             x = torch.randn(rows, WIDTH).to(dtype)
-            linears = [_linear(dtype) for _ in range(copies)]
+            linears = [random_linear(WIDTH, dtype) for _ in range(copies)]
             for library in libraries(dtype):
                 run = partial(_multiply_all, [partial(LIBRARIES[library].forward, linear) for linear in linears], x)
                 candidates[Product(name, rows, library)] = run
             if rows == 1 and onednn_takes(dtype):  # in oneDNN's own blocks, as the engine lays weights out
                 blocks = [torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 8) for linear in linears]
-                run = partial(_multiply_all, [partial(_blocked, block) for block in blocks], x)
+                run = partial(_multiply_all, [partial(onednn_linear, weight=block) for block in blocks], x)
                 candidates[Product(name, rows, "oneDNN blocks")] = run
         if rows == 1:
             x = torch.randn(1, WIDTH)
@@ -156,17 +156,6 @@ def advice(device: torch.device) -> str:
         else f"4-bit weights save memory but no time ({four:.1f} times fp32's speed)"
     )
     return f"{first[0].upper()}{first[1:]}; {second}."
-
-
-def _linear(dtype: torch.dtype) -> torch.nn.Linear:
-    linear = torch.nn.Linear(WIDTH, WIDTH, bias=False, device="meta")
-    linear.weight = torch.nn.Parameter(torch.randn(WIDTH, WIDTH).to(dtype), requires_grad=False)
-    return linear
-
-
-def _blocked(block: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, block, None, "none", [], "")
-    return product
 
 
 def _int4() -> Multiply:
