@@ -13,9 +13,14 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from llmlab.base.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from llmlab import data as data
-    from llmlab.card import ModelCard as ModelCard
+    from llmlab.base.errors import InputError as InputError
+    from llmlab.base.errors import NumericalError as NumericalError
+    from llmlab.base.errors import RankError as RankError
+    from llmlab.base.stats import Metric as Metric
     from llmlab.data import Prompt as Prompt
     from llmlab.data import Question as Question
     from llmlab.decoding.drafts import ModelDraft as ModelDraft
@@ -24,25 +29,20 @@ if TYPE_CHECKING:
     from llmlab.decoding.engine import Engine as Engine
     from llmlab.decoding.generate import generate as generate
     from llmlab.decoding.generate import stream as stream
-    from llmlab.drafting import self_4bit as self_4bit
-    from llmlab.errors import InputError as InputError
-    from llmlab.errors import NumericalError as NumericalError
-    from llmlab.errors import RankError as RankError
+    from llmlab.jobs.over_ranks import ranks as ranks
+    from llmlab.jobs.own_draft import self_4bit as self_4bit
     from llmlab.lab.sweep import sweep as sweep
-    from llmlab.loading import load as load
-    from llmlab.loading import model_card as model_card
     from llmlab.measure.record import Measurement as Measurement
     from llmlab.measure.record import records as records
-    from llmlab.model import LM as LM
-    from llmlab.quantization.calibrate import quantize as quantize
-    from llmlab.quantization.linear import with_dtype as with_dtype
+    from llmlab.model.card import ModelCard as ModelCard
+    from llmlab.model.convert import with_dtype as with_dtype
+    from llmlab.model.lm import LM as LM
+    from llmlab.model.load import load as load
+    from llmlab.model.load import model_card as model_card
+    from llmlab.quantization.walk import quantize as quantize
     from llmlab.scoring.perplexity import perplexity as perplexity
     from llmlab.scoring.score import score as score
-    from llmlab.sharded import ranks as ranks
     from llmlab.sharding.plan import plan as plan
-    from llmlab.stats import Metric as Metric
-
-__version__ = "0.1.0"
 
 # The torch profiler would write its own log lines into notebooks, as errors. It reads this when torch loads.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -50,31 +50,31 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 # Where each public name lives; imported on first use, so that `llmlab --help` does not wait for torch.
 _HOME = {
     "Engine": "llmlab.decoding.engine",
-    "LM": "llmlab.model",
-    "InputError": "llmlab.errors",
+    "LM": "llmlab.model.lm",
+    "InputError": "llmlab.base.errors",
     "Measurement": "llmlab.measure.record",
-    "Metric": "llmlab.stats",
-    "ModelCard": "llmlab.card",
+    "Metric": "llmlab.base.stats",
+    "ModelCard": "llmlab.model.card",
     "ModelDraft": "llmlab.decoding.drafts",
-    "NumericalError": "llmlab.errors",
+    "NumericalError": "llmlab.base.errors",
     "Prompt": "llmlab.data",
     "PromptLookup": "llmlab.decoding.drafts",
     "Question": "llmlab.data",
     "generate": "llmlab.decoding.generate",
-    "load": "llmlab.loading",
-    "model_card": "llmlab.loading",
+    "load": "llmlab.model.load",
+    "model_card": "llmlab.model.load",
     "perplexity": "llmlab.scoring.perplexity",
     "plan": "llmlab.sharding.plan",
-    "quantize": "llmlab.quantization.calibrate",
-    "RankError": "llmlab.errors",
-    "ranks": "llmlab.sharded",
+    "quantize": "llmlab.quantization.walk",
+    "RankError": "llmlab.base.errors",
+    "ranks": "llmlab.jobs.over_ranks",
     "records": "llmlab.measure.record",
     "score": "llmlab.scoring.score",
-    "self_4bit": "llmlab.drafting",
+    "self_4bit": "llmlab.jobs.own_draft",
     "SelfDraft": "llmlab.decoding.drafts",
     "stream": "llmlab.decoding.generate",
-    "sweep": "llmlab.lab.sweep",
-    "with_dtype": "llmlab.quantization.linear",
+    "sweep": "llmlab.lab.sweep.sweep",
+    "with_dtype": "llmlab.model.convert",
 }
 __all__ = [*sorted(_HOME), "__version__", "data", "record"]
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmlab import hub
-from llmlab.errors import InputError
-from llmlab.paths import builtin_data
+from llmlab.base import hub
+from llmlab.base.errors import InputError
+from llmlab.base.paths import builtin_data
 
 HELLASWAG_HUB = "Rowan/hellaswag"
 WIKITEXT_HUB = "Salesforce/wikitext"

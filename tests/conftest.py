@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 import llmlab
-from llmlab.quantization.linear import QuantLinear
+from llmlab.kernels.packed_linear import QuantLinear
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 

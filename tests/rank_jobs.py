@@ -44,7 +44,7 @@ def sleep(rank, seconds):
 
 
 def load_then_die(rank, name, index, cuts):
-    from llmlab.shard import load_shard
+    from llmlab.sharding.load import load_shard
 
     if rank.index == index:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -61,7 +61,7 @@ def die_in_gather(rank, index):
 def shard_sizes(rank, name, cuts):
     """(bytes of this part, largest piece read, peak of resident memory above what was there before)"""
     from llmlab.measure.memory import peak_bytes
-    from llmlab.shard import load_shard
+    from llmlab.sharding.load import load_shard
 
     made = []
     peak = peak_bytes(lambda: made.append(load_shard(rank, name, cuts, "fp32")), rank.device)

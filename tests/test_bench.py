@@ -9,15 +9,15 @@ import torch
 
 import llmlab
 from llmlab import InputError
-from llmlab.drafting import self_4bit
-from llmlab.measure.ablation import ablation, branch_and_bound, last_layer_pruned
-from llmlab.measure.bench_decoding import Unit, _difference, bench_decoding
-from llmlab.measure.bench_decoding import measurement as decoding_measurement
-from llmlab.measure.bench_scoring import bench_scoring, best_batch_size, measurement, own_matmul_flops, own_matmuls
-from llmlab.measure.bench_sharding import bench_sharding
-from llmlab.measure.bench_sharding import measurement as sharding_measurement
-from llmlab.measure.challenge import ENDING_TOKENS, QUESTION_TOKENS, challenge, synthetic_sequences
-from llmlab.measure.decoders import Decoder, Run
+from llmlab.bench.ablation import ablation, branch_and_bound, last_layer_pruned
+from llmlab.bench.challenge import ENDING_TOKENS, QUESTION_TOKENS, challenge, synthetic_sequences
+from llmlab.bench.decoders import Decoder, Run
+from llmlab.bench.decoding import Unit, _difference, bench_decoding
+from llmlab.bench.decoding import measurement as decoding_measurement
+from llmlab.bench.scoring import bench_scoring, best_batch_size, measurement, own_matmul_flops, own_matmuls
+from llmlab.bench.sharding import bench_sharding
+from llmlab.bench.sharding import measurement as sharding_measurement
+from llmlab.jobs.own_draft import self_4bit
 from llmlab.measure.memory import peak_bytes
 from llmlab.scoring import shared
 from llmlab.scoring.attention import tries_attend
@@ -160,7 +160,7 @@ def test_challenge_without_weights_gives_the_speed_part():
 
 
 def test_challenge_from_the_command_line(monkeypatch, capsys, tmp_path):
-    from llmlab.cli import main
+    from llmlab.cli.main import main
 
     out = tmp_path / "out.json"
     arguments = ["challenge", "--data", "everyday", "--limit", "2", "--output", str(tmp_path), "--json", str(out)]

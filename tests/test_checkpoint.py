@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import llmlab
 from llmlab import InputError
-from llmlab.quantization.calibrate import calibration_rows, quantize
+from llmlab.kernels.packed_linear import QuantLinear
+from llmlab.kernels.packing import unpack
 from llmlab.quantization.grid import Scheme
-from llmlab.quantization.linear import QuantLinear
-from llmlab.quantization.packing import unpack
+from llmlab.quantization.walk import calibration_rows, quantize
 
 NAME = "model.layers.0.self_attn.q_proj"
 TEXT = "\n".join(f"{q.context} {ending}" for q in llmlab.data.everyday(30) for ending in q.endings)
@@ -144,7 +144,7 @@ def test_settings_that_cannot_be_run_are_refused(saved, tmp_path):
 
 
 def test_a_failed_save_leaves_nothing(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmlab.model.save_torch_state_dict", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("llmlab.model.lm.save_torch_state_dict", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         saved[1].save(tmp_path / "q")
     assert list(tmp_path.iterdir()) == []

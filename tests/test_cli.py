@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import llmlab
-from llmlab.cli import main
+from llmlab.cli.main import main
 from llmlab.measure.record import read_records
 
 ROW = {

@@ -7,7 +7,7 @@ from conftest import CHECKOUT
 from test_record import make
 
 from llmlab import InputError, Metric
-from llmlab.cli import main
+from llmlab.cli.main import main
 from llmlab.measure.compare import ENOUGH, compare, direction, holm, pooled
 from llmlab.measure.record import append
 

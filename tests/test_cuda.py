@@ -7,15 +7,15 @@ import pytest
 import torch
 
 import llmlab
-from llmlab import cuda
 from llmlab.base import clock
-from llmlab.cli import doctor
-from llmlab.cuda import BUILDS, Card, Nvidia, problem, serves, usable
-from llmlab.errors import InputError
+from llmlab.base.errors import InputError
+from llmlab.cli.main import doctor
+from llmlab.cli.terminal import console
+from llmlab.kernels import cuda
+from llmlab.kernels.cuda import BUILDS, Card, Nvidia, problem, serves, usable
 from llmlab.measure import environment
-from llmlab.model import check_device
+from llmlab.model.lm import check_device
 from llmlab.sharding.launch import check_world
-from llmlab.terminal import console
 
 CUDA13 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
 CUDA12 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")

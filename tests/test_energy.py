@@ -5,10 +5,10 @@ import types
 import pytest
 import torch
 
+from llmlab.cli.terminal import console, doctor_table
 from llmlab.measure import energy as module
 from llmlab.measure.energy import Energy, availability, joules_per_1000_tokens, measure_energy
 from llmlab.measure.environment import inventory
-from llmlab.terminal import console, doctor_table
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

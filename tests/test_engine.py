@@ -5,12 +5,12 @@ import torch
 
 import llmlab
 from llmlab import InputError
-from llmlab.decoding import fewrows
 from llmlab.decoding.engine import RECORD, Engine
-from llmlab.decoding.fewrows import PackedLinear, WidenedRows
+from llmlab.kernels import fewrows
+from llmlab.kernels.fewrows import PackedLinear, WidenedRows
+from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.kernels.plain import onednn_takes
 from llmlab.quantization.grid import Scheme
-from llmlab.quantization.linear import QuantLinear
 
 PAST = [[5, 17, 99, 4], [200, 7], [31, 8, 1000, 12, 77]]
 

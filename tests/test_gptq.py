@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmlab import InputError, NumericalError
+from llmlab.kernels.packing import pack, unpack
 from llmlab.quantization.gptq import Hessian, factorize, gptq, relative_error
 from llmlab.quantization.grid import Scheme, codes_of, find_grid, group_grids, rtn
-from llmlab.quantization.packing import pack, unpack
 
 SCHEMES = [
     Scheme(bits, size, symmetric, act_order, static, search)

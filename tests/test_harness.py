@@ -4,7 +4,7 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from llmlab.measure.harness import HarnessLM
+from llmlab.jobs.harness import HarnessLM
 
 pytestmark = pytest.mark.slow
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmlab.quantization import linear as module
-from llmlab.quantization.grid import Quantized, Scheme, rtn
-from llmlab.quantization.linear import INT4_CPU, INT8_CPU, REFERENCE, QuantLinear
+from llmlab.kernels import packed_linear as module
+from llmlab.kernels.packed_linear import INT4_CPU, INT8_CPU, REFERENCE, QuantLinear
+from llmlab.kernels.packing import Quantized
+from llmlab.quantization.grid import Scheme, rtn
 
 
 def packed(bits=4, group_size=64, symmetric=False, rows=96, columns=128, shuffle=False, bias=True):
@@ -20,7 +21,7 @@ def packed(bits=4, group_size=64, symmetric=False, rows=96, columns=128, shuffle
     if shuffle:  # groups as act-order leaves them: scattered over the columns
         order = torch.randperm(columns)
         made = Quantized(made.codes[:, order], made.scales, made.zeros, made.g_idx[order])
-    return QuantLinear.pack(made, scheme, torch.randn(rows) if bias else None)
+    return QuantLinear.pack(made, scheme.bits, torch.randn(rows) if bias else None)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -80,15 +81,16 @@ def test_triton_equals_the_reference():
     code = """
 import torch
 from test_kernels import packed
-from llmlab.quantization.triton_kernel import triton_matmul
+from llmlab.kernels.triton_packed import triton_matmul
 worst = 0.0
 for bits in (2, 3, 4, 8):
     for options in (dict(group_size=32), dict(group_size=-1), dict(group_size=64, shuffle=True), dict(symmetric=True)):
         linear = packed(bits, bias=False, **options)
+        tensors = (linear.qweight, linear.qzeros, linear.scales, linear.g_idx)
         for n, dtype in ((1, torch.float32), (18, torch.float16)):
             x = torch.randn(n, 128).to(dtype)
             exact = torch.nn.functional.linear(x.double(), linear.dequantize(torch.float32).double())
-            worst = max(worst, float((triton_matmul(x, linear).double() - exact).abs().max()))
+            worst = max(worst, float((triton_matmul(x, *tensors, linear.bits).double() - exact).abs().max()))
 print(worst)
 """
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}

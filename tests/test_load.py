@@ -8,8 +8,8 @@ from transformers import BertConfig, T5Config
 
 import llmlab
 from llmlab import InputError
-from llmlab.paths import cache_folder
-from llmlab.sources import resolve
+from llmlab.base.paths import cache_folder
+from llmlab.model.sources import resolve
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_bad_input_is_one_sentence_before_any_weight_is_read(tmp_path, tiny_fold
 
 
 def test_a_decoder_of_an_encoder_family_is_accepted(tmp_path):
-    from llmlab.sources import read_config
+    from llmlab.model.sources import read_config
 
     folder = tmp_path / "decoder"
     BertConfig(architectures=["BertLMHeadModel"], is_decoder=True).save_pretrained(folder)

@@ -7,11 +7,11 @@ import torch
 
 import llmlab
 from llmlab import InputError
-from llmlab.measure import peers
-from llmlab.measure.peers import call, missing, peer_logits, peer_quantize
-from llmlab.quantization.calibrate import calibration_rows, quantize
+from llmlab.bench import peers
+from llmlab.bench.peers import call, missing, peer_logits, peer_quantize
+from llmlab.model.convert import dequantized
 from llmlab.quantization.grid import Scheme
-from llmlab.quantization.linear import dequantized
+from llmlab.quantization.walk import calibration_rows, quantize
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import llmlab
-from llmlab.drafting import named_drafts
+from llmlab.jobs.own_draft import named_drafts
 from llmlab.quantization.grid import Scheme
 
 PROMPTS = ["The cat sat on the mat. The cat sat on", "Water boils at"]

@@ -9,54 +9,80 @@ from conftest import CHECKOUT
 
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 
-# The floors of the house, lowest first. A module may import from its own floor and from those below.
+# The rooms of the house by floor, lowest first. A module may import from its own room and from floors below.
 FLOORS = [
-    {
-        "errors",
-        "paths",
-        "stats",
-        "progress",
-        "hub",
-        "card",
-        "cuda",
-        "sources",
-        "gguf",
-        "base",
-        "kernels",
-        "model",
-        "data",
-        "weights",
-    },
-    {"scoring", "quantization", "sharding", "decoding"},
-    {"loading", "shard", "sharded", "drafting"},
+    {"base"},
+    {"kernels"},
+    {"model", "data"},
+    {"scoring", "quantization", "sharding", "decoding"},  # know one another only through LM and plain tensors
+    {"jobs"},
     {"measure"},
+    {"bench"},
     {"lab"},
-    {"terminal", "options", "cli_bench", "cli_lab", "cli_compare", "cli"},
+    {"cli"},
 ]
-SIDE_BY_SIDE = FLOORS[1]  # know one another only through LM and plain tensors
+FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+SOURCES = sorted((CHECKOUT / "llmlab").rglob("*.py"))
+LOOSE = {"__init__.py", "data.py"}  # modules at the root
 
 
-def imports(path):
+def imported(path):
+    """Modules of llmlab that a file imports, deferred imports and imports for types alone included."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llmlab"):
-            parts = node.module.split(".")
-            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "llmlab":
+            known = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if is_module(name) else node.module for name in known)
         elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("llmlab."))
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "llmlab")
 
 
-def test_no_import_runs_upward():
-    floor = {name: level for level, names in enumerate(FLOORS) for name in names}
-    for path in (CHECKOUT / "llmlab").rglob("*.py"):
-        module = path.relative_to(CHECKOUT / "llmlab").parts[0].removesuffix(".py")
-        if module == "__init__":
+def is_module(name):
+    path = CHECKOUT.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or path.is_dir()
+
+
+def room(module):
+    return module.split(".")[1] if "." in module else ""
+
+
+def name_of(path):
+    return ".".join(path.relative_to(CHECKOUT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_import_runs_upward_or_to_a_neighbour():
+    for path in SOURCES:
+        here = name_of(path)
+        if here == "llmlab":
             continue
-        for target in imports(path):
-            if target.startswith("__"):
-                continue
-            assert floor[target] <= floor[module], f"{path.name} imports {target} from a floor above"
-            if module in SIDE_BY_SIDE and target in SIDE_BY_SIDE:
-                assert target == module, f"{module} imports its neighbour {target}"
+        for target in imported(path):
+            there = room(target)
+            assert there, f"{here} imports the public face"
+            below = FLOOR[there] < FLOOR[room(here)]
+            assert below or there == room(here), f"{here} imports {target}, which is not below it"
+
+
+def test_no_circle_of_imports():
+    graph = {name_of(path): set(imported(path)) for path in SOURCES}
+    done, open_ = set(), []
+
+    def visit(module):
+        assert module not in open_, f"a circle: {' > '.join([*open_[open_.index(module) :], module])}"
+        if module in done or module not in graph:
+            return
+        open_.append(module)
+        for target in sorted(graph[module]):
+            visit(target)
+        open_.pop()
+        done.add(module)
+
+    for module in sorted(graph.keys() - {"llmlab"}):
+        visit(module)
+
+
+def test_loose_modules_and_sizes():
+    assert {p.name for p in (CHECKOUT / "llmlab").glob("*.py")} <= LOOSE
+    long = {name_of(p): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 300}
+    assert not long, "one idea a file, under 300 lines"
 
 
 def test_the_public_face_is_whole():

@@ -11,13 +11,14 @@ from conftest import reference_kernel
 
 import llmlab
 from llmlab import InputError, NumericalError
-from llmlab.quantization.calibrate import Report, calibration_rows, quantize
+from llmlab.kernels.packed_linear import INT4_CPU, QuantLinear
+from llmlab.model.convert import bits_per_weight, dequantized, with_dtype
+from llmlab.model.layerwise import stream
 from llmlab.quantization.gptq import Hessian, factorize, gptq
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.job import quantize_to
-from llmlab.quantization.linear import INT4_CPU, QuantLinear, bits_per_weight, dequantized, with_dtype
 from llmlab.quantization.rotate import random_orthogonal, rotate, rotated
-from llmlab.quantization.stream import stream
+from llmlab.quantization.walk import Report, calibration_rows, quantize
 
 TEXT = "\n".join(f"{q.context} {ending}" for q in llmlab.data.everyday(60) for ending in q.endings)
 
@@ -136,7 +137,7 @@ def test_layernorm_models_are_not_rotated(tiny_folders):
 def test_streamed_layers_are_the_models_own(tiny, tiny_folders):
     folder = str(tiny_folders["llama" if tiny.card.model_type == "llama" else "opt"])
     ends, read_layer = stream(folder)
-    from llmlab.model import decoder_layers
+    from llmlab.model.lm import decoder_layers
 
     for index, layer in enumerate(decoder_layers(tiny.model)[1]):
         read = read_layer(index).state_dict()

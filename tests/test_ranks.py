@@ -15,9 +15,9 @@ from conftest import CHECKOUT
 
 import llmlab
 from llmlab import InputError, RankError
-from llmlab.quantization.calibrate import calibration_rows, quantize
 from llmlab.quantization.grid import Scheme
-from llmlab.shard import Cuts
+from llmlab.quantization.walk import calibration_rows, quantize
+from llmlab.sharding.load import Cuts
 
 pytestmark = pytest.mark.slow
 

@@ -16,10 +16,10 @@ from conftest import CHECKOUT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from llmlab import InputError
-from llmlab.lab.pages import sanitized, write_challenge_page
+from llmlab.bench.challenge import Submission
 from llmlab.lab.redraw import FIGURES, redraw, roofline
-from llmlab.lab.report import check_parameters, command, find_notebooks, report
-from llmlab.measure.challenge import Submission
+from llmlab.lab.report.pages import sanitized, write_challenge_page
+from llmlab.lab.report.report import check_parameters, command, find_notebooks, report
 from llmlab.measure.record import Record
 
 
@@ -43,7 +43,7 @@ def home(tmp_path, monkeypatch):
 
 FIGURE = """
 import matplotlib.pyplot as plt
-from llmlab.lab import figures
+from llmlab.lab.figures import common as figures
 figure, axes = plt.subplots()
 axes.plot([x, 2])
 figures.show(figure, "line", "A line from <x> to 2.")
@@ -94,7 +94,7 @@ def test_an_interrupted_report_says_so_in_one_line_and_leaves_no_process(home, s
     write(home / "notebooks", "00_fine", "x")
     write(home / "notebooks", "01_busy", f"place = {str(home / 'pid')!r}" + BUSY)
     write(home / "notebooks", "02_never", "x")
-    command = [sys.executable, "-m", "llmlab.cli", "report", "--output", str(home / "report")]
+    command = [sys.executable, "-m", "llmlab.cli.main", "report", "--output", str(home / "report")]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (home / "pid").exists() or not (home / "pid").read_text().strip():
@@ -146,7 +146,7 @@ def test_notebooks_are_found_by_name_number_and_path(home):
 
 
 def test_the_command_says_by_its_status_that_a_notebook_failed(home, monkeypatch, capsys):
-    from llmlab.cli import main
+    from llmlab.cli.main import main
 
     write(home / "notebooks", "00_fails", "raise RuntimeError('on purpose')")
     monkeypatch.setattr(sys, "argv", ["llmlab", "report", "--output", str(home / "out")])
@@ -220,7 +220,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML, Markdown, display
 from llmlab import Metric
-from llmlab.lab import figures
+from llmlab.lab.figures import common as figures
 from llmlab.measure.record import Record, append
 
 def attack(number):

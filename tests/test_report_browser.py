@@ -4,8 +4,8 @@ import pytest
 from test_report import FIGURE, RECORD, hostile_report, write
 
 from llmlab import InputError
-from llmlab.lab.pdf import find_chromium
 from llmlab.lab.report import report
+from llmlab.lab.report.pdf import find_chromium
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import stream
 from llmlab.decoding.sampling import next_token_probs
 from llmlab.decoding.speculative import verify
-from llmlab.drafting import forecast, named_drafts, self_4bit
+from llmlab.jobs.own_draft import forecast, named_drafts, self_4bit
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from llmlab.stats import mcnemar, median_interval, proportion, wilson
+from llmlab.base.stats import mcnemar, median_interval, proportion, wilson
 
 
 @pytest.mark.parametrize("successes, n", [(0, 5), (5, 5), (3, 40), (400, 1000), (1, 1)])

@@ -17,11 +17,11 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 import llmlab
 from llmlab import InputError
-from llmlab.cli import main
-from llmlab.lab.sweep import status, sweep
-from llmlab.lab.sweep_grid import read_grid
-from llmlab.lab.sweep_ray import check_capacity
-from llmlab.lab.sweep_run import ATTEMPTS, MARK
+from llmlab.cli.main import main
+from llmlab.lab.sweep.grid import read_grid
+from llmlab.lab.sweep.on_ray import check_capacity
+from llmlab.lab.sweep.run import ATTEMPTS, MARK
+from llmlab.lab.sweep.sweep import status, sweep
 from llmlab.measure.record import merge, read_records, runs_file
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 RECORD = """
 import os, random, time
 from llmlab.measure.record import Record, append
-from llmlab.stats import Metric
+from llmlab.base.stats import Metric
 begin = time.perf_counter()
 time.sleep(random.uniform(0.2, 0.6))
 metrics = {"acc": Metric(x / 16, "", 0.0, 1.0), "seconds": Metric(time.perf_counter() - begin, "s")}
@@ -117,7 +117,7 @@ def test_a_run_is_known_by_its_notebook_and_parameters(home, monkeypatch):
     assert ids() == first
     grid["timeout"] = 9
     assert ids() == first
-    monkeypatch.setattr("llmlab.lab.sweep_grid.code_version", lambda: "other code")
+    monkeypatch.setattr("llmlab.lab.sweep.grid.code_version", lambda: "other code")
     assert not set(ids()) & set(first)
     monkeypatch.undo()
     write(home / "n.ipynb", "x + 1")
@@ -274,7 +274,7 @@ def test_ctrl_c_ends_all(home):
     path = write(home / "n.ipynb", "import time; time.sleep(60)")
     grid = home / "grid.yaml"
     grid.write_text(f"notebook: {path}\ngrid: {{x: [1, 2, 3]}}\n")
-    command = [sys.executable, "-m", "llmlab.cli", "sweep", str(grid), "--output", str(home / "out")]
+    command = [sys.executable, "-m", "llmlab.cli.main", "sweep", str(grid), "--output", str(home / "out")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while len(marked(home / "out")) < 2 and time.monotonic() < deadline:
@@ -288,7 +288,7 @@ def test_ctrl_c_ends_all(home):
 
 def test_a_sweep_killed_at_five_moments_loses_nothing_and_repeats_nothing(home, monkeypatch):
     # A file of the package that is saved while this test runs would make new runs of them all.
-    monkeypatch.setattr("llmlab.lab.sweep_grid.code_version", lambda: "fixed")
+    monkeypatch.setattr("llmlab.lab.sweep.grid.code_version", lambda: "fixed")
     path, out = write(home / "n.ipynb", RECORD), home / "out"
     grid = {"notebook": path, "grid": {"x": list(range(12))}, "fixed": {"name": "m"}}
     context, moments = multiprocessing.get_context("fork"), random.Random(7)
@@ -314,7 +314,7 @@ def test_a_sweep_killed_at_five_moments_loses_nothing_and_repeats_nothing(home, 
             assert gone(out)  # the runs end with their sweep
             process = start()
         else:
-            workers = [p for p in marked(out) if "llmlab.lab.sweep_run" in p.cmdline()]
+            workers = [p for p in marked(out) if "llmlab.lab.sweep.run" in p.cmdline()]
             kills.append(bool(workers))
             workers[0].kill()
     process.join(120)
@@ -373,7 +373,7 @@ def test_records_are_merged_once(home):
 
 def test_each_run_draws_into_its_own_folder(home, monkeypatch):
     monkeypatch.setenv("LLMLAB_FIGURES", str(home / "another"))  # as in a notebook that a report runs
-    folder = "from llmlab.paths import figures_folder\nfolder = figures_folder()"
+    folder = "from llmlab.base.paths import figures_folder\nfolder = figures_folder()"
     path = write(home / "n.ipynb", folder, "folder.mkdir(parents=True)\n(folder / str(x)).touch()")
     frame = sweep({"notebook": path, "grid": {"x": [1, 2]}}, output=home / "out")
     assert list(frame["status"]) == ["finished"] * 2

@@ -5,15 +5,16 @@ import pytest
 from conftest import CHECKOUT
 
 import llmlab
+from llmlab.base.errors import InputError
+from llmlab.base.stats import Metric
+from llmlab.bench.combination import BASELINE, Combination, combinations, comparable, recommended, speedups
+from llmlab.bench.tradeoff import material, measure_point, perplexity_ratio
 from llmlab.data import fingerprint
-from llmlab.errors import InputError
-from llmlab.lab import challenge_figures, tradeoff_figures
+from llmlab.lab.figures import challenge as challenge_figures
+from llmlab.lab.figures import tradeoffs as tradeoff_figures
 from llmlab.lab.redraw import trade_offs
-from llmlab.lab.sweep_grid import read_grid
-from llmlab.measure.combination import BASELINE, Combination, combinations, comparable, recommended, speedups
+from llmlab.lab.sweep.grid import read_grid
 from llmlab.measure.record import Record, append, read_records
-from llmlab.measure.tradeoff import material, measure_point, perplexity_ratio
-from llmlab.stats import Metric
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,12 @@ import llmlab
 from llmlab import InputError, Metric
 from llmlab.decoding.result import Completion
 from llmlab.decoding.speculative import Step
-from llmlab.lab import figures, plan_figures, speculation_figures, tradeoff_figures, widgets
-from llmlab.lab.drawable import drawable
+from llmlab.lab import widgets
+from llmlab.lab.figures import common as figures
+from llmlab.lab.figures import plan as plan_figures
+from llmlab.lab.figures import speculation as speculation_figures
+from llmlab.lab.figures import tradeoffs as tradeoff_figures
+from llmlab.lab.figures.drawable import drawable
 from llmlab.measure.record import Measurement, append, describe, records
 
 EVIL = "<script>alert(1)</script> $x$ & \"'"

@@ -1,1 +1,1 @@
-"""The ground: what every room stands on."""
+"""What every room stands on: errors, paths, progress, statistics, clocks."""

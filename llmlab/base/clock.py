@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from llmlab.stats import Metric, median_interval
+from llmlab.base.stats import Metric, median_interval
 
 
 @dataclass(frozen=True)

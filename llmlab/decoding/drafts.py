@@ -15,10 +15,10 @@ from typing import Protocol
 
 import torch
 
+from llmlab.base.errors import InputError
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.sampling import next_token_probs
-from llmlab.errors import InputError
-from llmlab.model import LM
+from llmlab.model.lm import LM
 
 
 @dataclass

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from llmlab.base.clock import seconds_of
-from llmlab.decoding import fewrows
+from llmlab.base.errors import InputError
 from llmlab.decoding.attend import attend
 from llmlab.decoding.cache import NAME, Cache, Pass
-from llmlab.decoding.record import compiled, record, recordable, scripted
-from llmlab.errors import InputError
-from llmlab.model import LM
+from llmlab.kernels import fewrows
+from llmlab.kernels.replay import compiled, record, recordable, scripted
+from llmlab.model.lm import LM
 
 CHUNK = 512  # tokens of a prompt that go through the model at once
 WIDTHS = (1, 2, 3, 5, 9, 17)  # of a pass; others are padded to the next one, so that few shapes are recorded

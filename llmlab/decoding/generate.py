@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
+from llmlab.base.errors import InputError
+from llmlab.base.progress import progress
 from llmlab.decoding.cost import Tally
 from llmlab.decoding.drafts import Draft, Sampling, as_draft
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.result import Completion, GenerateResult
 from llmlab.decoding.speculative import Step, decode, room_for
-from llmlab.errors import InputError
-from llmlab.model import LM
-from llmlab.progress import progress
+from llmlab.model.lm import LM
 
 
 def generate(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmlab.base.stats import Metric
 from llmlab.decoding.cost import Tally
 from llmlab.decoding.speculative import Step
-from llmlab.stats import Metric
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
+from llmlab.base.errors import NumericalError
 from llmlab.decoding.cost import Rate, Tally, best_depth, best_k, plain_seconds, worth
 from llmlab.decoding.drafts import Draft, Proposal, Sampling
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.sampling import next_token_probs
-from llmlab.errors import NumericalError
 
 MOST = 16  # drafted tokens a row where k adapts
 PROBE = 24  # passes without a costly draft after which it is tried again

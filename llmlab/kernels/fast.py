@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from llmlab.base.clock import rounds
+from llmlab.base.paths import atomic, cache_folder
 from llmlab.kernels.plain import HALF, LIBRARIES, libraries, onednn_linear, onednn_takes, random_linear
 from llmlab.kernels.torch_packed import Int4Product, Int8Product, Multiply
-from llmlab.paths import atomic, cache_folder
 
 WIDTH = 2048  # of the square matrices
 COPIES = 8  # of each, read one after the other: 128 MiB in fp32, more than the caches of most CPUs hold

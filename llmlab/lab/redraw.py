@@ -10,13 +10,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from llmlab.errors import InputError
-from llmlab.lab import figures, tradeoff_figures
-from llmlab.measure.combination import combinations, comparable
+from llmlab.base.errors import InputError
+from llmlab.base.paths import PACKAGE
+from llmlab.base.stats import Metric
+from llmlab.bench.combination import combinations, comparable
+from llmlab.lab.figures import common as figures
+from llmlab.lab.figures import tradeoffs as tradeoff_figures
 from llmlab.measure.record import read_records
 from llmlab.measure.roofline import Peaks
-from llmlab.paths import PACKAGE
-from llmlab.stats import Metric
 
 REFERENCE = PACKAGE.parent / "data" / "reference"
 TRACKED = PACKAGE.parent / "figures"

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmlab.errors import InputError
+from llmlab.base.errors import InputError
+from llmlab.base.stats import Z95, Metric, median_interval
 from llmlab.measure.record import read_records
-from llmlab.stats import Z95, Metric, median_interval
 
 KEY = ("task", "model", "transformation", "dtype", "data", "n", "device")
 ENOUGH = 5  # the range of fewer runs covers their median less than 94 % of the time
@@ -44,7 +44,7 @@ def compare(a: str | Path, b: str | Path) -> pd.DataFrame:
     and the spread among at least 5 of them (bootstrap). The change is log(B/A), or B-A where an interval reaches below
     zero, with the standard errors of the two intervals added in quadrature; its p-value (normal approximation) is
     corrected over all metrics of the table (Holm 1979). Sides count as independent: for accuracies on the same items
-    that is cautious, and a paired test (`llmlab.stats.mcnemar`) is sharper.
+    that is cautious, and a paired test (`llmlab.base.stats.mcnemar`) is sharper.
 
     Args:
         a, b: a .jsonl store of records, a .json file that a command's --json wrote, or a folder of stores.

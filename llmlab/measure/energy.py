@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from llmlab.base.clock import synchronize
-from llmlab.stats import Metric
+from llmlab.base.stats import Metric
 
 POWERCAP = Path("/sys/class/powercap")
 INTERVAL = 0.1  # seconds between readings: power is integrated over it, and a counter must not wrap twice within it

@@ -14,14 +14,14 @@ from typing import Any
 import psutil
 import torch
 
-from llmlab import __version__
-from llmlab.cuda import advice, dotted, nvidia, usable
-from llmlab.errors import InputError
+from llmlab.base.errors import InputError
+from llmlab.base.paths import PACKAGE
+from llmlab.base.version import __version__
 from llmlab.kernels import fast
+from llmlab.kernels.cuda import advice, dotted, nvidia, usable
 from llmlab.kernels.plain import fastest_library, onednn_takes, slow_on_cpu
 from llmlab.measure.energy import availability
-from llmlab.paths import PACKAGE
-from llmlab.sources import BUILTIN, resolve
+from llmlab.model.sources import BUILTIN, resolve
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "numpy", "pandas")
 OPTIONAL = (

@@ -9,10 +9,10 @@ import torch
 from transformers import DynamicCache
 
 from llmlab.base.clock import Timing
+from llmlab.base.stats import Metric
 from llmlab.measure.record import Measurement
 from llmlab.measure.roofline import Peaks
-from llmlab.model import LM
-from llmlab.stats import Metric
+from llmlab.model.lm import LM
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from llmlab.model import LM
+from llmlab.model.lm import LM
 
 GROUPS = {
     "attention projections": ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "c_attn"),

@@ -16,11 +16,11 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from llmlab.errors import InputError
+from llmlab.base.errors import InputError
+from llmlab.base.paths import check_writable, home
+from llmlab.base.stats import Metric
 from llmlab.measure.environment import git_commit, hardware, versions
-from llmlab.model import LM
-from llmlab.paths import check_writable, home
-from llmlab.stats import Metric
+from llmlab.model.lm import LM
 
 SCHEMA = 1
 

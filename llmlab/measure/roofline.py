@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from llmlab.base.clock import compare
-from llmlab.model import DTYPES
-from llmlab.stats import Metric
+from llmlab.base.stats import Metric
+from llmlab.model.lm import DTYPES
 
 CPU_BYTES = 256 * 2**20  # larger than any cache of a CPU
 GPU_BYTES = 2 * 2**30

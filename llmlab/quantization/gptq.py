@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
-from llmlab.errors import NumericalError
-from llmlab.quantization.grid import Quantized, Scheme, codes_of, find_grid, finite, group_grids
+from llmlab.base.errors import NumericalError
+from llmlab.kernels.packing import Quantized
+from llmlab.quantization.grid import Scheme, codes_of, find_grid, finite, group_grids
 
 BLOCK = 128  # columns whose updates reach the columns right of them in one matmul (section 3.3, step 2)
 DAMPING_STEPS = 4  # each ten times the one before

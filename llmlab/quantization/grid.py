@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from llmlab.errors import InputError, NumericalError
+from llmlab.base.errors import InputError, NumericalError
+from llmlab.kernels.packing import BITS, Quantized
 
-BITS = (2, 3, 4, 8)
 SHRINKS = 24  # candidates of the grid search, from the full range of a group down to SMALLEST of it
 SMALLEST = 0.4
 
@@ -74,31 +74,6 @@ class Scheme:
                     f"{name} is {rows} x {columns}: the checkpoint format packs 32 weights at a time, so both must be "
                     "multiples of 32."
                 )
-
-
-@dataclass
-class Quantized:
-    """A quantized weight matrix, not packed.
-
-    Attributes:
-        codes: uint8 [rows, columns], the integers q.
-        scales: fp16 [rows, groups].
-        zeros: uint8 [rows, groups], 1 .. 2^bits - 1 (checkpoints store z - 1).
-        g_idx: int32 [columns], the group of each input column.
-        error: tr((W-Q) H (W-Q)^T) / tr(W H W^T), the relative squared error of the layer's outputs on the calibration
-            text; NaN where no Hessian was given.
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor
-    g_idx: torch.Tensor
-    error: float = float("nan")
-
-    def dequantize(self) -> torch.Tensor:
-        """fp32 [rows, columns]: s (q - z)."""
-        groups = self.g_idx.long()
-        return (self.codes.float() - self.zeros.float()[:, groups]) * self.scales.float()[:, groups]
 
 
 def find_grid(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from llmlab.errors import InputError
-from llmlab.model import LM, check_device
-from llmlab.paths import new_folder
-from llmlab.quantization.calibrate import ROWS, Report, calibration_rows, check_quantizable, quantize
+from llmlab.base.errors import InputError
+from llmlab.base.paths import new_folder
+from llmlab.model.layerwise import stream
+from llmlab.model.lm import LM, check_device
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.rotate import rotate
-from llmlab.quantization.stream import stream
+from llmlab.quantization.walk import ROWS, Report, calibration_rows, check_quantizable, quantize
 
 
 def quantize_to(

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from llmlab.errors import InputError
-from llmlab.model import LM, decoder_layers
-from llmlab.quantization.stream import ReadLayer
+from llmlab.base.errors import InputError
+from llmlab.model.layerwise import ReadLayer
+from llmlab.model.lm import LM, decoder_layers
 
 
 def rotate(lm: LM, *, read_layer: ReadLayer | None = None, seed: int = 0) -> tuple[LM, ReadLayer]:

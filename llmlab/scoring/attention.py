@@ -14,7 +14,7 @@ import torch
 from transformers import AttentionInterface
 
 from llmlab.kernels.plain import slow_on_cpu
-from llmlab.model import LM
+from llmlab.model.lm import LM
 from llmlab.scoring.trie import Trie
 
 NAME = "llmlab_trie"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from llmlab.base.errors import InputError, NumericalError
 from llmlab.data import Question
-from llmlab.errors import InputError, NumericalError
-from llmlab.model import LM
+from llmlab.model.lm import LM
 
 
 @dataclass(frozen=True)

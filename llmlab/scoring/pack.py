@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from llmlab.base.paths import atomic, cache_folder
 from llmlab.kernels.fast import machine
-from llmlab.model import LM
-from llmlab.paths import atomic, cache_folder
+from llmlab.model.lm import LM
 from llmlab.scoring.trie import Trie
 
 LOGIT_BYTES = 256 * 2**20  # the logits of a pass never take more

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmlab.base.stats import mcnemar
 from llmlab.scoring.score import ScoreResult
-from llmlab.stats import mcnemar
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmlab.errors import InputError, NumericalError
+from llmlab.base.errors import InputError, NumericalError
+from llmlab.base.progress import progress
+from llmlab.base.stats import Z95, Metric
 from llmlab.kernels.plain import fastest_matmuls
-from llmlab.model import LM
-from llmlab.progress import progress
-from llmlab.stats import Z95, Metric
+from llmlab.model.lm import LM
 
 
 @dataclass(frozen=True)

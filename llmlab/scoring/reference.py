@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from llmlab.model import LM
+from llmlab.model.lm import LM
 from llmlab.scoring.encode import Sequence, check_finite
 
 

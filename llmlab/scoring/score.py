@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from llmlab.base.errors import InputError
+from llmlab.base.progress import progress
+from llmlab.base.stats import Metric, proportion
 from llmlab.data import Question, fingerprint
-from llmlab.errors import InputError
-from llmlab.model import LM
-from llmlab.progress import progress
+from llmlab.model.lm import LM
 from llmlab.scoring import reference, shared
 from llmlab.scoring.encode import Sequence, encode
-from llmlab.stats import Metric, proportion
 
 METHODS = ("shared", "reference")
 

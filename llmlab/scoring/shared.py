@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llmlab.kernels.plain import fastest_matmuls
-from llmlab.model import LM
+from llmlab.model.lm import LM
 from llmlab.scoring.attention import ancestor_mask, tries_attend
 from llmlab.scoring.encode import Sequence, check_finite
 from llmlab.scoring.pack import Passes, profile

@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
-from llmlab.cuda import advice, nvidia, usable
-from llmlab.errors import InputError, RankError
-from llmlab.model import check_device
-from llmlab.progress import progress
+from llmlab.base.errors import InputError, RankError
+from llmlab.base.progress import progress
+from llmlab.kernels.cuda import advice, nvidia, usable
+from llmlab.model.lm import check_device
 from llmlab.sharding.rank import Rank, join
 
 GRACE = 3.0  # seconds to wait for the other ranks' reports when one fails, and for all to leave at the end
@@ -224,7 +224,7 @@ def join_check(rank: Rank) -> None:
     """Raise InputError where ranks differ in what must be equal."""
     import transformers
 
-    from llmlab import __version__
+    from llmlab.base.version import __version__
 
     mine = {"llmlab": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     mine["device"] = rank.device.type

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from llmlab.card import ModelCard
-from llmlab.errors import InputError
+from llmlab.base.errors import InputError
+from llmlab.model.card import ModelCard
 from llmlab.sharding.predict import FULL_SET, MOST_MFU, Prediction, predict
 from llmlab.sharding.predict import device as find_device
 from llmlab.sharding.predict import workload as find_workload

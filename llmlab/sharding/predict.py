@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmlab.card import ModelCard
-from llmlab.errors import InputError
+from llmlab.base.errors import InputError
+from llmlab.model.card import ModelCard
 from llmlab.sharding.pipeline import stage_layers
 
 DEVICES: dict[str, dict[str, float | str]] = json.loads((Path(__file__).parent / "devices.json").read_text())

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
-from llmlab.errors import InputError
+from llmlab.base.errors import InputError
 
 
 @dataclass

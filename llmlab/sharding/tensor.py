@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llmlab.errors import InputError
-from llmlab.model import decoder_layers
+from llmlab.base.errors import InputError
+from llmlab.model.lm import decoder_layers
 
 QUERIES, KEYS = ("q_proj",), ("k_proj", "v_proj")
 COLUMNS = ("gate_proj", "up_proj", "fc1")

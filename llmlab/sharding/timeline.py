@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmlab.errors import InputError
+from llmlab.base.errors import InputError
 
 SCHEDULES = ("naive", "micro-batches", "interleaved")
 

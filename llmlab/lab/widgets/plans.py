@@ -10,11 +10,11 @@ from typing import Any
 import ipywidgets
 from matplotlib.figure import Figure
 
-from llmlab.card import ModelCard
-from llmlab.lab import plan_figures
+from llmlab.lab.figures import plan as plan_figures
 from llmlab.lab.widgets.svg import inline
 from llmlab.lab.widgets.view import DESCRIBED, WIDE, Twin, View
-from llmlab.loading import model_card
+from llmlab.model.card import ModelCard
+from llmlab.model.load import model_card
 from llmlab.sharding.plan import BITS, Plan, plan
 from llmlab.sharding.predict import DEVICES
 

@@ -9,8 +9,8 @@ from typing import Any
 import ipywidgets
 
 from llmlab.decoding.result import Completion
-from llmlab.lab import speculation_figures
-from llmlab.lab.speculation_figures import Pass, read_passes
+from llmlab.lab.figures import speculation as speculation_figures
+from llmlab.lab.figures.speculation import Pass, read_passes
 from llmlab.lab.widgets.view import DESCRIBED, Twin, View
 
 # Tints that leave the page's own ink readable, light or dark; no cue by colour alone.

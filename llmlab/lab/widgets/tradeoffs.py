@@ -8,8 +8,8 @@ from typing import Any
 import ipywidgets
 import pandas as pd
 
-from llmlab.errors import InputError
-from llmlab.lab import tradeoff_figures as trade
+from llmlab.base.errors import InputError
+from llmlab.lab.figures import tradeoffs as trade
 from llmlab.lab.widgets.svg import inline
 from llmlab.lab.widgets.view import DESCRIBED, WIDE, Twin, View
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from llmlab.base.errors import InputError
 from llmlab.data import Question
-from llmlab.errors import InputError
-from llmlab.lab import figures
-from llmlab.lab.drawable import drawable
+from llmlab.lab.figures import common as figures
+from llmlab.lab.figures.drawable import drawable
 from llmlab.lab.widgets.svg import inline
 from llmlab.lab.widgets.view import DESCRIBED, Twin, View
-from llmlab.model import LM
+from llmlab.model.lm import LM
 from llmlab.scoring.attention import ancestor_mask
 from llmlab.scoring.encode import encode
 from llmlab.scoring.trie import Trie, question_tries

@@ -13,8 +13,8 @@ from IPython import get_ipython
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from llmlab.errors import InputError
-from llmlab.lab import figures
+from llmlab.base.errors import InputError
+from llmlab.lab.figures import common as figures
 
 WIDE = {"width": "auto", "min_width": "280px"}
 DESCRIBED = {"description_width": "initial"}

@@ -1,0 +1,157 @@
+"""The combinations of the trade-off grid: which make sense, how they stand in records, which one to use."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import astuple, dataclass, fields
+
+import pandas as pd
+
+from llmlab.base.errors import InputError
+from llmlab.sharding.load import Cuts
+
+METHODS = {
+    "fp32": ("none",),
+    "bf16": ("none",),
+    "8 bits": ("rtn", "gptq", "rotated gptq", "int8"),
+    "4 bits": ("rtn", "gptq", "rotated gptq", "nf4"),
+    "3 bits": ("rtn", "gptq", "rotated gptq"),
+}
+DRAFTS = ("", "lookup", "self-4bit", "lookup, self-4bit")
+SHARDING = re.compile(r"(data|tensor|pipeline) (\d+)")
+SPEED, DECODE, KEPT, RATIO = "questions_per_second", "decode_tokens_per_second", "answers_kept", "perplexity_ratio"
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One point of the grid.
+
+    Attributes:
+        precision: of the weights: "fp32", "bf16", "8 bits", "4 bits" or "3 bits"; activations below fp32 are
+            what is fast on the machine (its record says in `dtype`).
+        method: how they came to it: "none", "rtn", "gptq", "rotated gptq", or bitsandbytes' "int8" (8 bits) and "nf4"
+            (4 bits).
+        sharding: "1", or a layout such as "data 2", "pipeline 2", "tensor 2", "data 2 x pipeline 2".
+        draft: what speculates: "", "lookup", "self-4bit" (the model's own 4-bit copy), "lookup, self-4bit".
+    """
+
+    precision: str = "fp32"
+    method: str = "none"
+    sharding: str = "1"
+    draft: str = ""
+
+    def check(self) -> None:
+        """Raise InputError for a combination that makes no sense or cannot run."""
+        if self.precision not in METHODS:
+            raise InputError(f"unknown precision {self.precision!r}: choose one of {', '.join(METHODS)}.")
+        if self.method not in METHODS[self.precision]:
+            raise InputError(
+                f"method {self.method!r} does not give {self.precision}: choose one of "
+                f"{', '.join(METHODS[self.precision])}."
+            )
+        if self.draft not in DRAFTS:
+            raise InputError(f"unknown draft {self.draft!r}: choose one of {', '.join(map(repr, DRAFTS))}.")
+        if "self-4bit" in self.draft and self.method != "none":
+            raise InputError(f"a model of {self.precision} gains nothing from its own 4-bit copy: draft with lookup.")
+        if self.cuts.ranks > 1 and self.draft:
+            raise InputError(f"drafts are measured on one device: leave out the draft or the sharding {self.sharding}.")
+        if self.cuts.ranks > 1 and self.method in ("int8", "nf4"):
+            raise InputError("ranks take no bitsandbytes models: shard one in floating point, or of GPTQ or RTN.")
+
+    @property
+    def cuts(self) -> Cuts:
+        """The layout. Raises InputError for one that cannot be read."""
+        parts = [] if self.sharding == "1" else self.sharding.split(" x ")
+        found = {m[1]: int(m[2]) for m in map(SHARDING.fullmatch, parts) if m}
+        if len(found) != len(parts) or 0 in found.values():
+            raise InputError(f"unknown sharding {self.sharding!r}: write 1, data 2, tensor 2, pipeline 2 or a product.")
+        return Cuts(**found)
+
+    @property
+    def bits(self) -> int:
+        """Of a quantized weight."""
+        return int(self.precision.split()[0])
+
+    @property
+    def name(self) -> str:
+        """In short, such as "4 bits gptq, draft lookup"."""
+        method = "" if self.method == "none" else f" {self.method}"
+        sharding = "" if self.sharding == "1" else f", {self.sharding}"
+        draft = f", draft {self.draft.replace(', ', ' + ')}" if self.draft else ""
+        return f"{self.precision}{method}{sharding}{draft}"
+
+    @property
+    def encoded(self) -> str:
+        """As it stands at the head of a record's protocol, for `combinations`."""
+        return "; ".join(f"{f.name} {value or 'none'}" for f, value in zip(fields(self), astuple(self), strict=True))
+
+
+BASELINE = Combination()
+SETTING = ["model", "data", "n", "device", "cpu", "threads"]  # what must be equal for two speeds to be comparable
+ENCODED = "; ".join(rf"{f.name} (?P<{f.name}>[^;]+)" for f in fields(Combination))
+
+
+def combinations(frame: pd.DataFrame) -> pd.DataFrame:
+    """The trade-off records of a frame, with the columns `precision`, `method`, `sharding`, `draft` and `name`.
+
+    Of one combination on one machine, model and question set the newest record stands.
+
+    Args:
+        frame: as from `llmlab.records()`.
+    """
+    mine = frame[(frame["task"] == "trade-off") & frame["protocol"].str.match(ENCODED)]
+    told = mine["protocol"].str.extract(ENCODED).replace({"draft": {"none": ""}})
+    found = mine.dropna(axis="columns", how="all").join(told)
+    found["name"] = [Combination(*row).name for row in told.itertuples(index=False)]
+    found = found.drop_duplicates(["name", *SETTING], keep="last").reset_index(drop=True)
+    found.attrs = dict(frame.attrs)
+    return found
+
+
+def comparable(frame: pd.DataFrame) -> pd.DataFrame:
+    """The largest part of the rows of `combinations` that share model, questions and machine.
+
+    Raises InputError if there are no rows.
+    """
+    if frame.empty:
+        raise InputError("there are no trade-off records: run llmlab sweep notebooks/points/trade_offs.yaml first.")
+    part = frame.groupby(SETTING, dropna=False).ngroup()
+    found: pd.DataFrame = frame[part == part.value_counts().index[0]].reset_index(drop=True)
+    found.attrs = dict(frame.attrs)
+    return found
+
+
+def speedups(frame: pd.DataFrame) -> pd.DataFrame:
+    """Combinations with `scoring_speedup` and `decode_speedup` over the plain fp32 row of the same frame.
+
+    Raises InputError if that row is missing: speeds of different machines must not be divided.
+    """
+    plain = frame[frame["name"] == BASELINE.name]
+    if len(plain) != 1:
+        raise InputError(f"there are {len(plain)} plain fp32 rows: speeds need exactly one, of the same machine.")
+    base = plain.iloc[0]
+    return frame.assign(scoring_speedup=frame[SPEED] / base[SPEED], decode_speedup=frame[DECODE] / base[DECODE])
+
+
+def recommended(frame: pd.DataFrame, losses: tuple[float, ...] = (0.0, 0.01, 0.03)) -> pd.DataFrame:
+    """The fastest combination for each allowed loss, judged by what is paired with fp32.
+
+    No loss means fp32's own arithmetic, however it is run. Scoring: at most that share of the choices may differ, which
+    bounds what accuracy can lose; drafts play no part. Writing: perplexity may grow by at most that share.
+
+    Args:
+        frame: from `speedups`.
+        losses: allowed, as shares.
+    """
+    rows = []
+    exact, undrafted = frame["precision"] == "fp32", frame["draft"] == ""
+    for loss in losses:
+        for job, speed, kept in (
+            ("scoring", "scoring_speedup", frame[KEPT] >= 1 - loss),
+            ("writing", "decode_speedup", frame[RATIO] <= 1 + loss),
+        ):
+            allowed = (exact | kept) if loss else exact
+            best = frame[allowed & undrafted if job == "scoring" else allowed].sort_values(speed).iloc[-1]
+            shown = {name: best[name] for name in (KEPT, f"{KEPT}_low", RATIO, "bytes") if name in frame}
+            rows.append({"job": job, "allowed_loss": loss, "use": best["name"], "speedup": best[speed]} | shown)
+    return pd.DataFrame(rows)

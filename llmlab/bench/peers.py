@@ -1,0 +1,101 @@
+"""Libraries whose pins conflict with ours, in environments of their own (`make peers`), as subprocesses that speak
+JSON: a request on standard input, an answer as the last line of standard output. See peers/*_worker.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from llmlab.base.errors import InputError
+from llmlab.base.paths import PACKAGE
+from llmlab.model.lm import LM
+from llmlab.quantization.grid import Scheme
+
+HOURS = 3600.0
+
+
+def missing(peer: str) -> str | None:
+    """Why a peer ("gptqmodel", "autogptq", "llamacpp") cannot be called here, and what to run; None if it can."""
+    if not _worker(peer).exists():
+        return f"{peer} is called from a checkout of llmlab: clone it and run make peers."
+    if not _python(peer).exists():
+        return f"{peer} is not here: run make peers (minutes; it gets an environment of its own)."
+    return None
+
+
+def call(peer: str, request: dict[str, Any], *, timeout: float = 2 * HOURS) -> dict[str, Any]:
+    """Send one request to a peer and return its answer.
+
+    Args:
+        peer: "gptqmodel", "autogptq" or "llamacpp".
+        request: see the peer's worker.
+        timeout: seconds.
+
+    Raises:
+        InputError: the peer is not installed.
+        RuntimeError: it failed; says with what.
+    """
+    if reason := missing(peer):
+        raise InputError(reason)
+    command = [str(_python(peer)), str(_worker(peer))]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{peer} did not answer within {timeout:.0f} s.") from None
+    lines = done.stdout.strip().splitlines()
+    died = done.stderr.strip()[-1000:] or f"it ended with status {done.returncode} and without a word"
+    answer: dict[str, Any] = json.loads(lines[-1]) if lines else {"error": died}
+    if "error" in answer:
+        raise RuntimeError(f"{peer} failed on {request.get('job')}: {answer['error']}")
+    return answer
+
+
+def peer_quantize(peer: str, lm: LM, calibration: torch.Tensor, scheme: Scheme, folder: Path) -> dict[str, Any]:
+    """Quantize a plain model with a peer's GPTQ on the same rows; the checkpoint goes to `folder`.
+
+    `scheme` gives bits, group size, order and symmetry. Returns the answer: `seconds` of the quantization, `versions`.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        model = lm.save(Path(temporary) / "model")
+        request = {
+            "job": "quantize",
+            "model": str(model),
+            "output": str(folder),
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "desc_act": scheme.act_order,
+            "sym": scheme.symmetric,
+            "ids": calibration.tolist(),
+        }
+        answer = call(peer, request)
+    lm.tokenizer.save_pretrained(folder)  # AutoGPTQ leaves it to the caller
+    return answer
+
+
+def peer_logits(peer: str, folder: Path, ids: torch.Tensor, *, loader: str | None = None) -> torch.Tensor:
+    """fp32 logits [rows, tokens, vocabulary] that a peer computes with a quantized checkpoint.
+
+    `loader` "transformers" makes GPTQModel's environment load through transformers' GPTQConfig.
+    """
+    loader = loader or {"autogptq": "auto_gptq"}.get(peer, peer)
+    with tempfile.TemporaryDirectory() as temporary:
+        output = Path(temporary) / "logits.safetensors"
+        request = {"job": "logits", "folder": str(folder), "ids": ids.tolist(), "loader": loader, "output": str(output)}
+        call(peer, request)
+        return load_file(output)["logits"]
+
+
+def _worker(peer: str) -> Path:
+    return PACKAGE.parent / "peers" / f"{peer}_worker.py"
+
+
+def _python(peer: str) -> Path:
+    return PACKAGE.parent / ".peers" / peer / "bin" / "python"

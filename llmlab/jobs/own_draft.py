@@ -1,0 +1,83 @@
+"""Drafts by name, for the command line and the public face: "lookup", "self-4bit", "exit-10", or another model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from llmlab.base.errors import InputError
+from llmlab.decoding.cost import best_k, speedup
+from llmlab.decoding.drafts import Draft, PromptLookup, SelfDraft, as_draft
+from llmlab.decoding.engine import Engine
+from llmlab.kernels.fast import packed_dtype
+from llmlab.kernels.packed_linear import QuantLinear, prepare
+from llmlab.model.convert import with_dtype
+from llmlab.model.lm import LM
+from llmlab.model.load import load
+from llmlab.quantization.grid import Scheme, rtn
+from llmlab.quantization.walk import quantize
+
+GROUP = 32  # the smallest group that the kernels take: a draft's quality is worth its half bit a weight
+
+
+def named_drafts(lm: LM, names: str) -> list[Draft]:
+    """Drafts for a model.
+
+    Args:
+        lm: the model that will verify.
+        names: separated by commas, asked in this order: "lookup"; "self-4bit"; "exit-N", the first N layers; else
+            what `llmlab.load` takes.
+
+    Raises InputError for a name that means nothing or does not fit the model.
+    """
+    found: list[Draft] = []
+    for name in (part.strip() for part in names.split(",")):
+        if name == "lookup":
+            found.append(PromptLookup())
+        elif name == "self-4bit":
+            found.append(SelfDraft(self_4bit(lm)))
+        elif name.startswith("exit-") and name[5:].isdigit():
+            found.append(SelfDraft(lm, layers=int(name[5:])))
+        elif name:
+            found.append(as_draft(lm, load(name, dtype=lm.dtype, device=lm.device)))
+        else:
+            raise InputError("--draft takes lookup, self-4bit, exit-N or a model; several with commas.")
+    return found
+
+
+def self_4bit(lm: LM, quantized: LM | None = None) -> LM:
+    """A model's own 4-bit copy, output head included, with the activations that are fast on this device.
+
+    Rounded to nearest in groups of 32 within seconds; or `quantized`, such as `llmlab.quantize(lm)` makes with GPTQ in
+    minutes. What a draft loses costs speed, never exactness.
+    """
+    if any(isinstance(m, QuantLinear) for m in lm.model.modules()):
+        raise InputError(f"{lm.name} is quantized: its own 4-bit copy is itself. Draft with lookup or a smaller model.")
+    packed = quantized or quantize(lm, method="rtn", scheme=Scheme(4, GROUP, search=False))
+    packed = with_dtype(packed, packed_dtype(lm.device) if lm.device.type == "cpu" else lm.dtype)
+    head = packed.model.get_output_embeddings()
+    scheme = Scheme(4, GROUP)
+    if type(head) is torch.nn.Linear and head.in_features % GROUP == 0 and head.out_features % 8 == 0:
+        model = packed.model
+        model.set_output_embeddings(QuantLinear.pack(rtn(head.weight.float(), scheme), scheme.bits, head.bias))
+        prepare(model, model.dtype)
+    return replace(packed, transformation=f"{packed.transformation}, head 4 bits")
+
+
+def forecast(engine: Engine, drafts: list[Draft], batch: int, most: int = 8) -> str:
+    """What speculation should bring here, before it runs: measured passes, and the best k by acceptance rate."""
+    engine.start(batch, 512)
+    profile = engine.profile()
+    widths = ", ".join(f"{width}: {seconds * 1e3:.1f}" for width, seconds in profile.items())
+    lines = [f"cost model, batch {batch}: milliseconds of a pass by tokens a row: {widths}"]
+    for draft in drafts:
+        draft.begin(engine, [[0]] * batch, 512)
+        seconds = draft.seconds()
+        cases = []
+        for acceptance in (0.5, 0.7, 0.9):
+            k = best_k(acceptance, engine.seconds, seconds, most)
+            speed = speedup(acceptance, k, engine.seconds, seconds)
+            cases.append(f"{acceptance:.0%} accepted: k = {k}, {speed:.2f}x")
+        lines.append(f"{draft.name}: {seconds * 1e3:.1f} ms a token; {'; '.join(cases)}")
+    return "\n".join(lines)

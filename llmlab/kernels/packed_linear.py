@@ -1,0 +1,222 @@
+"""QuantLinear: a Linear over packed weights, and the kernel that multiplies by them.
+
+Decoding reads every weight for one token: there the kernel must read 4 bits and nothing else. Prefill reads a weight
+once for hundreds of tokens: there unpacking to a plain matmul is faster. Where the two meet is measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+
+from llmlab.base.clock import faster
+from llmlab.kernels.packing import Quantized, pack, unpack
+from llmlab.kernels.plain import slow_on_cpu
+from llmlab.kernels.torch_packed import GROUP_SIZES, Int4Product, Int8Product, Multiply
+
+REFERENCE = "dequantize, then matmul"
+INT4_CPU = "torch int4 (CPU)"
+INT8_CPU = "torch int8 (CPU)"
+TRITON = "Triton W4A16"
+ROUNDED_ROWS = 32  # rows that are rounded to bf16 where that is not the dtype: decoding; scoring stays exact
+DECODE_ROWS = 8  # up to here a step is bound by reading the weights
+
+
+class QuantLinear(torch.nn.Module):
+    """y = x W^T + b with W packed as in AutoGPTQ's checkpoints.
+
+    Buffers (n input, m output features, G groups):
+        qweight: int32 [n * bits / 32, m], the codes, packed along the inputs.
+        qzeros: int32 [G, m * bits / 32], zero points minus one, packed along the outputs.
+        scales: fp16 [G, m].
+        g_idx: int32 [n], the group of each input feature.
+        bias: [m] or None.
+    """
+
+    qweight: torch.Tensor
+    qzeros: torch.Tensor
+    scales: torch.Tensor
+    g_idx: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bits: int, groups: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits, self.groups = in_features, out_features, bits, groups
+        self.register_buffer("qweight", torch.zeros(in_features * bits // 32, out_features, dtype=torch.int32))
+        self.register_buffer("qzeros", torch.zeros(groups, out_features * bits // 32, dtype=torch.int32))
+        self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16))
+        self.register_buffer("g_idx", torch.zeros(in_features, dtype=torch.int32))
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        self.kernel = REFERENCE
+        self.fast: Multiply | None = None
+        self.limit = 0  # rows up to which `fast` serves
+
+    @classmethod
+    def pack(cls, quantized: Quantized, bits: int, bias: torch.Tensor | None = None) -> QuantLinear:
+        """From a quantized matrix."""
+        rows, columns = quantized.codes.shape
+        self = cls(columns, rows, bits, quantized.scales.shape[1], bias is not None)
+        self.qweight = pack(quantized.codes.T, bits)
+        self.qzeros = pack(quantized.zeros - 1, bits).T.contiguous()
+        self.scales = quantized.scales.T.contiguous()
+        self.g_idx = quantized.g_idx
+        self.bias = bias
+        return self
+
+    def unpacked(self) -> Quantized:
+        """The matrix that the buffers hold."""
+        return Quantized(unpack(self.qweight, self.bits).T, self.scales.T, self.zeros, self.g_idx)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """W [out_features, in_features], computed in fp32 and rounded to `dtype`."""
+        codes = unpack(self.qweight, self.bits)  # [n, m]
+        zeros = self.zeros.T.float()  # [G, m]
+        scales = self.scales.float()
+        if self.sequential:
+            codes = codes.view(self.groups, -1, self.out_features)  # [G, n/G, m]
+            weight = (codes - zeros[:, None]).mul_(scales[:, None]).view(self.in_features, -1)
+        else:
+            groups = self.g_idx.long()
+            weight = (codes - zeros[groups]).mul_(scales[groups])
+        plain: torch.Tensor = weight.to(dtype).T
+        return plain
+
+    @property
+    def zeros(self) -> torch.Tensor:
+        """Zero points, uint8 [m, G]. Stored minus one, modulo 2^bits."""
+        return (unpack(self.qzeros.T.contiguous(), self.bits) + 1) & ((1 << self.bits) - 1)
+
+    @functools.cached_property
+    def sequential(self) -> bool:
+        """Whether groups are runs of neighbouring columns, so that no gather is needed."""
+        expected = torch.arange(self.in_features, device=self.g_idx.device) // (self.in_features // self.groups)
+        return bool(torch.equal(self.g_idx.long(), expected))
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Choose the kernel for this device, pack for it, and measure up to how many rows of `dtype` it is faster."""
+        self.kernel, self.fast = choose_kernel(self)
+        self.limit = crossover(self.in_features, self.out_features, self.bits, dtype, self.kernel) if self.fast else 0
+        if dtype != torch.bfloat16 and self.kernel in (INT4_CPU, INT8_CPU):
+            self.limit = min(self.limit, ROUNDED_ROWS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] in any float dtype to [..., out_features] in the same."""
+        if self.fast is not None and x.numel() <= self.limit * self.in_features:
+            out = self.fast(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+            return out if self.bias is None else out + self.bias.to(x.dtype)
+        if self.fast is None and x.numel() <= DECODE_ROWS * self.in_features:
+            sizes = ", ".join(map(str, GROUP_SIZES))
+            warnings.warn(
+                f"{self.bits}-bit weights in groups of {self.in_features // self.groups} have no packed kernel: each "
+                f"step unpacks all of them, which is slow. Choose 2 to 4 bits in groups of {sizes}, or 8 bits with one "
+                "symmetric scale a row.",
+                stacklevel=2,
+            )
+        return self.multiply_dequantized(x)
+
+    def multiply_dequantized(self, x: torch.Tensor) -> torch.Tensor:
+        """The same by a plain matmul: the reference, and the faster way for many rows."""
+        wide = x.device.type == "cpu" and slow_on_cpu(x.dtype)
+        dtype = torch.float32 if wide else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return torch.nn.functional.linear(x.to(dtype), self.dequantize(dtype), bias).to(x.dtype)
+
+    def joined(self, others: list[QuantLinear]) -> QuantLinear | None:
+        """One matrix that computes this one's outputs and those of others with the same input; None if none can."""
+        every = [self, *others]
+        outputs = sum(m.out_features for m in every)
+        alike = all(m.bits == self.bits and torch.equal(m.g_idx, self.g_idx) for m in every)
+        if not alike or len({m.bias is None for m in every}) > 1 or any(m.out_features * m.bits % 32 for m in every):
+            return None
+        made = QuantLinear(self.in_features, outputs, self.bits, self.groups, self.bias is not None)
+        made.qweight = torch.cat([m.qweight for m in every], dim=1)
+        made.qzeros = torch.cat([m.qzeros for m in every], dim=1)
+        made.scales = torch.cat([m.scales for m in every], dim=1)
+        made.g_idx = self.g_idx
+        made.bias = None if self.bias is None else torch.cat([m.bias for m in every if m.bias is not None])
+        return made
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.in_features} -> {self.out_features}, {self.bits} bits, {self.groups} groups, {self.kernel}"
+
+
+def choose_kernel(linear: QuantLinear) -> tuple[str, Multiply | None]:
+    """The packed kernel that can multiply by this matrix: (name, function of rows), or REFERENCE and None.
+
+    On CPU activations of any dtype go in; see `kernels.torch_packed` for what is rounded.
+    """
+    cpu = linear.qweight.device.type == "cpu"
+    size = linear.in_features // linear.groups
+    if cpu and linear.bits <= 4 and size in GROUP_SIZES:
+        return INT4_CPU, _int4_cpu(linear, size)
+    if cpu and linear.bits == 8 and linear.groups == 1 and bool((linear.zeros == 128).all()):
+        return INT8_CPU, _int8_cpu(linear)
+    if not cpu:
+        from llmlab.kernels.triton_packed import triton_matmul
+
+        tensors = (linear.qweight, linear.qzeros, linear.scales, linear.g_idx)
+        return TRITON, lambda x: triton_matmul(x, *tensors, linear.bits)
+    return REFERENCE, None
+
+
+def _int4_cpu(linear: QuantLinear, size: int) -> Int4Product:
+    """torch's 4-bit kernel; 2 and 3 bits take a nibble each, too."""
+    whole = linear.unpacked()
+    order = None if linear.sequential else torch.argsort(linear.g_idx, stable=True)  # groups side by side again
+    codes = (whole.codes if order is None else whole.codes[:, order]).int()
+    zeros = whole.zeros.int()  # [m, G]
+    if linear.bits < 4:  # there is room to move the zero point to 8, the kernel's own, where nothing is rounded
+        codes += (8 - zeros).repeat_interleave(size, dim=1)
+        zeros = torch.full_like(zeros, 8)
+    return Int4Product(codes, whole.scales, zeros, size, order)
+
+
+def _int8_cpu(linear: QuantLinear) -> Int8Product:
+    """torch's 8-bit kernel."""
+    codes = (unpack(linear.qweight, 8).T.short() - 128).to(torch.int8)  # [m, n]
+    return Int8Product(codes, linear.scales[0])
+
+
+@functools.cache
+def crossover(in_features: int, out_features: int, bits: int, dtype: torch.dtype, kernel: str) -> int:
+    """Rows of `dtype` up to which the kernel beats dequantizing to a matmul, measured on a matrix of this shape."""
+    if kernel == TRITON:
+        return 64  # about where a GPU's matmul stops being bound by memory traffic
+    _, fast = choose_kernel(linear := _random(in_features, out_features, bits))
+    assert fast is not None
+    best = 1
+    for rows in (4, 16, 64, 256):
+        x = torch.randn(rows, in_features).to(dtype)
+        packed, plain = functools.partial(fast, x), functools.partial(linear.multiply_dequantized, x)
+        if faster(packed, plain, counted=5) < 1:
+            break
+        best = rows
+    return best
+
+
+def _random(in_features: int, out_features: int, bits: int) -> QuantLinear:
+    groups = 1 if bits == 8 else in_features // 32
+    codes = torch.randint(0, 1 << bits, (out_features, in_features), dtype=torch.uint8)
+    zeros = torch.full((out_features, groups), 1 << (bits - 1), dtype=torch.uint8)
+    g_idx = (torch.arange(in_features) // (in_features // groups)).int()
+    return QuantLinear.pack(Quantized(codes, torch.rand(out_features, groups).half(), zeros, g_idx), bits)
+
+
+def replace_linears(layer: torch.nn.Module, packed: dict[str, QuantLinear]) -> None:
+    """Put each QuantLinear in the place of the Linear of that name."""
+    for name, linear in packed.items():
+        parent, _, child = name.rpartition(".")
+        setattr(layer.get_submodule(parent), child, linear)
+
+
+def prepare(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """Choose kernels for every QuantLinear of a model; returns how many use which."""
+    counts: dict[str, int] = {}
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.prepare(dtype)
+            counts[module.kernel] = counts.get(module.kernel, 0) + 1
+    return counts

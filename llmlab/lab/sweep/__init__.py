@@ -1,0 +1,1 @@
+"""One notebook over a grid of parameters."""

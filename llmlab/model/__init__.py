@@ -1,0 +1,1 @@
+"""A model: what its name means, its card, its weights."""

@@ -1,0 +1,158 @@
+"""LM: a model, its tokenizer and its card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+
+from llmlab.base.errors import InputError
+from llmlab.base.paths import new_folder
+from llmlab.kernels import fast
+from llmlab.kernels.cuda import advice, nvidia, usable
+from llmlab.model.card import ModelCard
+
+DTYPES = fast.DTYPES
+DTYPE_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
+
+
+@dataclass
+class LM:
+    """A decoder-only language model ready to run.
+
+    Attributes:
+        model: the transformers model, in eval mode, on its device.
+        tokenizer: its tokenizer; None for random weights.
+        card: sizes and costs, from the config.
+        name: what load() was asked for.
+        revision: Hub commit, or a fingerprint of the local files.
+        transformation: what was done to the weights ("none", "bitsandbytes-nf4", ...).
+    """
+
+    model: Any
+    tokenizer: Any
+    card: ModelCard
+    name: str
+    revision: str | None = None
+    transformation: str = "none"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input ids go."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]  # transformers is untyped
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the activations: "fp32", "bf16" or "fp16"."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.model.dtype)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that the weights occupy now, packed ones as packed; tied tensors count once."""
+        held = {id(t): t.numel() * t.element_size() for t in self.model.parameters()}
+        for module in self.model.modules():
+            if "qweight" in module._buffers:  # a QuantLinear's weights are buffers: they are not trained
+                held |= {id(t): t.numel() * t.element_size() for t in module.buffers(recurse=False)}
+        return sum(held.values())
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model, quantized or not, and its tokenizer, as transformers reads them (GPTQModel too, if packed).
+
+        The folder appears when it is complete. Raises InputError if it exists already or cannot be written.
+        """
+        target = new_folder(folder)
+        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            config = self.model.config
+            config.save_pretrained(staging)
+            if getattr(self.model, "generation_config", None) is not None:
+                self.model.generation_config.save_pretrained(staging)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(staging)
+            tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+            if config.tie_word_embeddings:
+                tensors.pop("lm_head.weight", None)
+            save_torch_state_dict(tensors, staging, metadata={"format": "pt"})
+            if settings := getattr(config, "quantization_config", None):
+                (staging / "quantize_config.json").write_text(json.dumps(settings, indent=2))
+            staging.chmod(0o755)
+            staging.rename(target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return target
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, with the special tokens that this tokenizer adds by itself."""
+        return list(self._tokenizer().encode(text))
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self._tokenizer().decode(ids, skip_special_tokens=True))
+
+    def chat(self, prompt: str) -> str:
+        """The prompt as one user turn in this model's chat template.
+
+        Raises InputError if the model has no chat template.
+        """
+        tokenizer = self._tokenizer()
+        if not tokenizer.chat_template:
+            raise InputError(f"{self.name} has no chat template: generate from the plain prompt instead.")
+        turn = [{"role": "user", "content": prompt}]
+        return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise InputError(f"{self.name} has random weights and no tokenizer: give token ids, or load a real model.")
+        return self.tokenizer
+
+
+def decoder_layers(model: Any) -> tuple[str, torch.nn.ModuleList]:
+    """The decoder layers of a transformers model and their name in it ("model.layers", "model.decoder.layers")."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            return name, module
+    raise InputError(f"cannot find the decoder layers of a {model.config.model_type} model.")
+
+
+def check_dtype(dtype: str | None, device: torch.device) -> str:
+    """A dtype's short name; chosen for the device when None. Raises InputError for an unknown one."""
+    if dtype is None:
+        return fast.default_dtype(device)
+    short = DTYPE_ALIASES.get(dtype, dtype)
+    if short not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
+    return short
+
+
+def check_device(device: str | torch.device | None) -> torch.device:
+    """The torch device meant; the first GPU that torch can use when None, else the CPU.
+
+    Warns when None and the GPUs that are here cannot be used. Raises InputError for a device that is not here or that
+    this build of torch or the driver does not serve, with the command that helps.
+    """
+    good = usable(nvidia())
+    if device is None:
+        if good:
+            return torch.device("cuda", good[0]) if good[0] else torch.device("cuda")
+        if nvidia().cuda is not None and (why := advice()):  # a build for CPUs was chosen on purpose
+            warnings.warn(f"{why} Here llmlab runs on the CPU.", stacklevel=3)
+        return torch.device("cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"unknown device {device!r}: choose cpu, cuda or cuda:N.") from None
+    if wanted.type not in ("cpu", "cuda"):
+        raise InputError(f"unsupported device {device!r}: choose cpu, cuda or cuda:N.")
+    index = wanted.index or 0
+    if wanted.type == "cuda" and index >= len(nvidia().cards):
+        raise InputError(f"there is no device {str(device)!r} here: torch sees {len(good)} GPUs.")
+    if wanted.type == "cuda" and index not in good:
+        raise InputError(f"the device {str(device)!r} cannot be used: {advice()}")
+    return wanted
