@@ -17,7 +17,7 @@ import llmlab
 from llmlab import InputError, RankError
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.walk import calibration_rows, quantize
-from llmlab.sharding.load import Cuts
+from llmlab.sharding.cuts import Cuts
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass, fields
 import pandas as pd
 
 from llmlab.base.errors import InputError
-from llmlab.sharding.load import Cuts
+from llmlab.sharding.cuts import Cuts
 
 METHODS = {
     "fp32": ("none",),

@@ -24,7 +24,7 @@ from llmlab.measure.record import Measurement
 from llmlab.model.card import ModelCard
 from llmlab.model.load import model_card
 from llmlab.scoring.score import ScoreResult
-from llmlab.sharding.load import Cuts
+from llmlab.sharding.cuts import Cuts
 from llmlab.sharding.pipeline import stage_layers
 from llmlab.sharding.plan import plan
 from llmlab.sharding.rank import Rank

@@ -42,7 +42,8 @@ from llmlab.quantization.walk import calibration_rows, quantize
 from llmlab.scoring.encode import encode
 from llmlab.scoring.perplexity import PerplexityResult, perplexity
 from llmlab.scoring.score import ScoreResult, score
-from llmlab.sharding.load import Cuts, check_layout, load_shard
+from llmlab.sharding.cuts import Cuts
+from llmlab.sharding.load import check_layout, load_shard
 from llmlab.sharding.rank import Rank
 
 CONTEXT = 512  # tokens of a perplexity window and of a calibration row, or what the model has

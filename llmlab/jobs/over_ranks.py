@@ -36,8 +36,9 @@ from llmlab.scoring.pack import Passes
 from llmlab.scoring.score import ScoreResult, summarize
 from llmlab.scoring.trie import Trie, question_tries
 from llmlab.sharding import pipeline
+from llmlab.sharding.cuts import Cuts
 from llmlab.sharding.launch import Group, Joined, Ranks
-from llmlab.sharding.load import Cuts, check_layout, load_shard
+from llmlab.sharding.load import check_layout, load_shard
 from llmlab.sharding.rank import Rank
 
 NODES = {"cpu": 256, "cuda": 4096}  # of a pass: small enough that a pipeline fills

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _field(pointers: Any, next_pointers: Any, shift: Any, mask: Any, BITS: tl.constexpr) -> Any:
     """BITS bits from bit `shift` of a word on; at 3 bits they may go on in the next word."""

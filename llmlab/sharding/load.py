@@ -23,38 +23,10 @@ from llmlab.model.lm import DTYPES, LM, decoder_layers
 from llmlab.model.sources import Source, fingerprint, read_config, resolve
 from llmlab.model.weights import local_folder, tensor_places
 from llmlab.sharding import pipeline, tensor
+from llmlab.sharding.cuts import Cuts
 from llmlab.sharding.pipeline import Stage, stage_layers
 from llmlab.sharding.rank import Rank
 from llmlab.sharding.tensor import Cut, part_of
-
-
-@dataclass(frozen=True)
-class Cuts:
-    """Data x tensor x pipeline: how many replicas, how each layer and how the stack of layers is cut."""
-
-    data: int = 1
-    tensor: int = 1
-    pipeline: int = 1
-
-    @property
-    def ranks(self) -> int:
-        """How many ranks it takes."""
-        return self.data * self.tensor * self.pipeline
-
-    @property
-    def name(self) -> str:
-        """Such as "data 2 x pipeline 2"."""
-        parts = {"data": self.data, "tensor": self.tensor, "pipeline": self.pipeline}
-        return " x ".join(f"{part} {size}" for part, size in parts.items() if size > 1) or "one device"
-
-    def check(self, size: int, layers: int, kv_heads: int) -> None:
-        """Raise InputError where it does not fit the ranks or the model."""
-        if min(self.data, self.tensor, self.pipeline) < 1 or self.ranks != size:
-            raise InputError(f"{self.name} takes {self.ranks} ranks: there are {size}.")
-        if self.pipeline > layers:
-            raise InputError(f"{self.pipeline} stages for {layers} layers: use at most {layers}.")
-        if self.tensor > kv_heads:
-            raise InputError(f"tensor {self.tensor} for {kv_heads} KV heads: use at most tensor {kv_heads}.")
 
 
 @dataclass
