@@ -8,8 +8,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from llmlab.base import hub
 from llmlab.base.errors import InputError
@@ -18,6 +19,22 @@ from llmlab.base.paths import builtin_data
 HELLASWAG_HUB = "Rowan/hellaswag"
 WIKITEXT_HUB = "Salesforce/wikitext"
 PROMPT_KINDS = ("summarize", "edit", "qa", "write", "extract")
+FULL_SET = 10_042  # questions of HellaSwag's validation set
+
+
+class Spread(NamedTuple):
+    """How many tokens the texts of a set have."""
+
+    least: int
+    most: int
+    mean: int
+    deviation: int
+
+
+# Of HellaSwag's validation set with LLaMA's tokenizer, as published (dongwonjo.github.io/portfolio/cechallenge).
+QUESTION_TOKENS, ENDING_TOKENS = Spread(12, 118, 56, 20), Spread(2, 98, 33, 16)
+
+Row = dict[str, object]  # of a JSON Lines file
 
 
 @dataclass(frozen=True)
@@ -55,10 +72,8 @@ def hellaswag(limit: int | None = None) -> list[Question]:
 
     Raises InputError if neither has it.
     """
-    if folder := _data_folder():
-        files = sorted(folder.glob("hellaswag*.jsonl"))
-        if files:
-            return read_questions(files[0], limit=limit, source="hellaswag")
+    if (folder := _data_folder()) and (files := sorted(folder.glob("hellaswag*.jsonl"))):
+        return read_questions(files[0], limit=limit, source="hellaswag")
     rows = _hub_rows(HELLASWAG_HUB, None, "validation", "hellaswag*.jsonl")
     return parse_questions(enumerate(rows, start=1), HELLASWAG_HUB, "hellaswag", limit=limit)
 
@@ -79,15 +94,15 @@ def wikitext(split: str = "test") -> str:
     if folder and (folder / name).exists():
         return read_text(folder / name)
     rows = _hub_rows(WIKITEXT_HUB, "wikitext-2-raw-v1", {"test": "test", "valid": "validation"}[split], name)
-    return "\n\n".join(row["text"] for row in rows)  # as GPTQ's datautils joins it
+    return "\n\n".join(str(row["text"]) for row in rows)  # as GPTQ's datautils joins it
 
 
 def prompts(kind: str | None = None, limit: int | None = None) -> list[Prompt]:
     """The built-in prompts: ten of each of the five PROMPT_KINDS; `kind` keeps one kind."""
     if kind is not None and kind not in PROMPT_KINDS:
         raise InputError(f"unknown prompt kind {kind!r}: choose one of {', '.join(PROMPT_KINDS)}.")
-    found = read_prompts(builtin_data("prompts.jsonl"))
-    return [p for p in found if kind in (None, p.kind)][: _checked_limit(limit)]
+    ours = read_prompts(builtin_data("prompts.jsonl"))
+    return [p for p in ours if kind in (None, p.kind)][: _checked_limit(limit)]
 
 
 def read_questions(path: str | Path, *, limit: int | None = None, source: str | None = None) -> list[Question]:
@@ -108,18 +123,15 @@ def read_questions(path: str | Path, *, limit: int | None = None, source: str | 
 
 
 def parse_questions(
-    rows: Iterable[tuple[int, dict[str, Any]]], where: str, source: str, *, limit: int | None = None
+    rows: Iterable[tuple[int, Row]], where: str, source: str, *, limit: int | None = None
 ) -> list[Question]:
     """Numbered raw rows to checked questions, with lm-evaluation-harness's text rules."""
-    wanted = _checked_limit(limit)
-    questions: list[Question] = []
-    for number, row in rows:
+    questions = []
+    for number, row in islice(rows, _checked_limit(limit)):
         try:
             questions.append(_question(row, source))
         except ValueError as error:
             raise InputError(f"{where}, line {number}: {error}.") from None
-        if len(questions) == wanted:
-            break
     if not questions:
         raise InputError(f"{where} holds no rows: expected JSON Lines with ctx, endings and label.")
     return questions
@@ -127,23 +139,20 @@ def parse_questions(
 
 def read_prompts(path: str | Path, *, limit: int | None = None) -> list[Prompt]:
     """Prompts from a JSON Lines file with `prompt` and, optionally, `kind`. Raises InputError that names the line."""
-    found = []
+    read = []
     for number, row in _json_lines(Path(path)):
         text = row.get("prompt")
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{path}, line {number}: the field 'prompt' is missing, no text or empty.")
-        found.append(Prompt(str(row.get("kind", "prompt")), text))
-    if not found:
+        read.append(Prompt(str(row.get("kind", "prompt")), text))
+    if not read:
         raise InputError(f"{path} holds no prompts: expected JSON Lines with a field 'prompt'.")
-    return found[: _checked_limit(limit)]
+    return read[: _checked_limit(limit)]
 
 
 def read_text(path: str | Path) -> str:
     """A UTF-8 text file that is not empty. Raises InputError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the text file {path}: {_reason(error)}.") from None
+    text = _contents(Path(path))
     if not text.strip():
         raise InputError(f"the text file {path} is empty.")
     return text
@@ -163,65 +172,58 @@ def fingerprint(questions: list[Question]) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def _question(row: dict[str, Any], source: str) -> Question:
-    endings = _field(row, "endings")
+def _question(row: Row, source: str) -> Question:
+    """A checked row. Raises ValueError that says what is wrong."""
+    if missing := [name for name in ("endings", "label") if name not in row]:
+        raise ValueError(f"the field {missing[0]!r} is missing")
+    endings, label = row["endings"], str(row["label"])  # the Hub stores labels as text
     if not isinstance(endings, list) or len(endings) != 4:
         count = len(endings) if isinstance(endings, list) else type(endings).__name__
         raise ValueError(f"expected four endings, got {count}")
     for index, ending in enumerate(endings):
         if not isinstance(ending, str) or not clean(ending):
             raise ValueError(f"ending {index} is empty or no text")
-    label = _field(row, "label")
-    if isinstance(label, bool) or str(label) not in {"0", "1", "2", "3"}:  # the Hub stores labels as text
-        raise ValueError(f"the label must be 0, 1, 2 or 3, got {label!r}")
+    if label not in {"0", "1", "2", "3"}:
+        raise ValueError(f"the label must be 0, 1, 2 or 3, got {row['label']!r}")
     return Question(_context(row), tuple(map(clean, endings)), int(label), source)
 
 
-def _context(row: dict[str, Any]) -> str:
-    if {"activity_label", "ctx_a", "ctx_b"} <= row.keys():
-        parts = [row["activity_label"], row["ctx_a"], row["ctx_b"]]
-        if not all(isinstance(part, str) for part in parts):
-            raise ValueError("activity_label, ctx_a and ctx_b must be text")
-        context = clean(f"{parts[0]}: {parts[1]} {parts[2].capitalize()}")
-    else:
-        context = _field(row, "ctx")
-        if not isinstance(context, str):
-            raise ValueError("the field 'ctx' must be text")
-        context = clean(context)
+def _context(row: Row) -> str:
+    names = ["activity_label", "ctx_a", "ctx_b"]  # as on the Hub; other files may have one field
+    if not set(names) <= row.keys():
+        names = ["ctx"]
+        if "ctx" not in row:
+            raise ValueError("the field 'ctx' is missing")
+    parts = [row[name] for name in names]
+    texts = [part for part in parts if isinstance(part, str)]
+    if texts != parts:
+        raise ValueError(f"{', '.join(names)} must be text")
+    context = clean(texts[0] if len(texts) == 1 else f"{texts[0]}: {texts[1]} {texts[2].capitalize()}")
     if not context:
         raise ValueError("the context is empty")
     return context
 
 
-def _field(row: dict[str, Any], name: str) -> Any:
-    if name not in row:
-        raise ValueError(f"the field {name!r} is missing")
-    return row[name]
+def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(_contents(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: invalid JSON ({error.msg} at column {error.colno}).") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
+        yield number, row
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _contents(path: Path) -> str:
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(
-                        f"{path}, line {number}: invalid JSON ({error.msg} at column {error.colno})."
-                    ) from None
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
-                yield number, row
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}.") from None
-
-
-def _reason(error: OSError | UnicodeDecodeError) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"byte {error.start} is not UTF-8"
-    return error.strerror or type(error).__name__
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read {path}: byte {error.start} is not UTF-8.") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or type(error).__name__}.") from None
 
 
 def _checked_limit(limit: int | None) -> int | None:
@@ -240,7 +242,7 @@ def _data_folder() -> Path | None:
     return folder
 
 
-def _hub_rows(repo: str, subset: str | None, split: str, local_name: str) -> Any:
+def _hub_rows(repo: str, subset: str | None, split: str, local_name: str) -> Iterable[Row]:
     if hub.ask(repo, "dataset") is None:
         raise InputError(
             f"the Hugging Face Hub cannot be reached for {repo!r}: set LLMLAB_DATA to a folder with {local_name}, or "
@@ -250,4 +252,5 @@ def _hub_rows(repo: str, subset: str | None, split: str, local_name: str) -> Any
         import datasets
     except ModuleNotFoundError:
         raise InputError("reading from the Hub needs the package datasets: run pip install 'llmlab[demo]'.") from None
-    return datasets.load_dataset(repo, subset, split=split)
+    rows: Iterable[Row] = datasets.load_dataset(repo, subset, split=split)
+    return rows

@@ -17,8 +17,8 @@ def where(rank):
 
 
 def count(rank):
-    rank.held["calls"] = rank.held.get("calls", 0) + 1
-    return rank.held["calls"]
+    rank.kept["calls"] = rank.kept.get("calls", 0) + 1
+    return rank.kept["calls"]
 
 
 def fail(rank, index, how):

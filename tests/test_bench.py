@@ -9,19 +9,17 @@ import torch
 
 import llmlab
 from llmlab import InputError
-from llmlab.bench.ablation import ablation, branch_and_bound, last_layer_pruned
-from llmlab.bench.challenge import ENDING_TOKENS, QUESTION_TOKENS, challenge, synthetic_sequences
+from llmlab.bench.ablation import ablation
+from llmlab.bench.challenge import challenge, synthetic_sequences
 from llmlab.bench.decoders import Decoder, Run
 from llmlab.bench.decoding import Unit, _difference, bench_decoding
 from llmlab.bench.decoding import measurement as decoding_measurement
 from llmlab.bench.scoring import bench_scoring, best_batch_size, measurement, own_matmul_flops, own_matmuls
 from llmlab.bench.sharding import bench_sharding
 from llmlab.bench.sharding import measurement as sharding_measurement
+from llmlab.data import ENDING_TOKENS, QUESTION_TOKENS
 from llmlab.jobs.own_draft import self_4bit
 from llmlab.measure.memory import peak_bytes
-from llmlab.scoring import shared
-from llmlab.scoring.attention import tries_attend
-from llmlab.scoring.encode import encode
 from llmlab.scoring.trie import question_tries
 
 pytestmark = pytest.mark.slow
@@ -46,7 +44,7 @@ def test_every_exact_step_of_the_ablation_gives_the_same_answers(llama, half, ro
     steps = ablation(llama, half, rows[:6], {"fp32": 1e9, "bf16": 1e9}, min_runs=2)
     assert list(steps["step"]) == [
         "arrival order, batches of 8", "sorted by length", "length-profiled batches", "shared question", "token trie",
-        "answer-only head", "last layer pruned", *["oneDNN matmuls"] * onednn, "bf16",
+        "answer-only head", *["oneDNN matmuls"] * onednn, "bf16",
     ]  # fmt: skip
     assert (steps["max_abs_delta"][:-1] < 1e-3).all()
     assert steps["max_abs_delta"].iloc[-1] > 1e-3  # bf16 is another arithmetic
@@ -59,35 +57,6 @@ def test_every_exact_step_of_the_ablation_gives_the_same_answers(llama, half, ro
 def test_the_ablation_leaves_out_a_half_precision_that_is_not_fast(llama, rows):
     steps = ablation(llama, None, rows[:2], {"fp32": 1e9}, min_runs=1)
     assert set(steps["dtype"]) == {"fp32"}
-
-
-def test_pruning_the_last_layer_is_exact_and_undone(smollm2, rows):
-    tries = question_tries(encode(smollm2, rows[50:52]))
-    layer = smollm2.model.base_model.layers[-1]
-    with tries_attend(smollm2):
-        plain = shared.forward(smollm2, tries)
-        with last_layer_pruned(smollm2, tries):
-            assert "forward" in vars(layer.mlp)
-            pruned = shared.forward(smollm2, tries)
-    assert "forward" not in vars(layer.mlp)
-    assert pruned.log_probs == pytest.approx(plain.log_probs, abs=1e-4)
-
-
-def test_branch_and_bound_counts_by_hand(llama):
-    question = llmlab.Question("A", ("b c d e", "f"), 0)
-    sequences = encode(llama, [question])
-    terms = []
-    for s in sequences:
-        logits = llama.model(torch.tensor([s.ids])).logits[0].log_softmax(-1)
-        terms.append([float(logits[k - 1, s.ids[k]]) for k in range(s.n_context, len(s.ids))])
-    totals = [sum(t) for t in terms]
-    saved = 0
-    for values, total in zip(terms, totals, strict=True):
-        partial = np.cumsum(values)
-        if total < max(totals):
-            saved += len(values) - 1 - int(np.argmax(partial < max(totals)))
-    nodes = len(question_tries(sequences)[0])
-    assert branch_and_bound(llama, [question])["acc"] == pytest.approx(saved / nodes)
 
 
 def test_own_matmuls_are_the_decoder_layers(llama):

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -46,6 +47,9 @@ def test_batches_do_not_change_it(tiny):
     many = llmlab.perplexity(tiny, TEXT, context=48, batch_size=5)
     assert many.nll == pytest.approx(one.nll, abs=1e-5)
     assert one.perplexity.low < one.perplexity.value < one.perplexity.high
+    assert many.settings == {"context": "48", "stride": "48", "batch_size": "5"}
+    plain = json.loads(json.dumps(many.as_dict()))
+    assert (plain["perplexity"], plain["n"], plain["settings"]) == (many.perplexity.value, many.n, many.settings)
 
 
 def test_shorter_text_than_one_window_is_scored(tiny):

@@ -1,6 +1,7 @@
 import pytest
 
 from llmlab import InputError, model_card, plan
+from llmlab.sharding.cuts import Cuts
 from llmlab.sharding.plan import RESERVE, parse_bytes
 from llmlab.sharding.predict import DEVICES, device, predict, workload
 
@@ -99,11 +100,11 @@ def test_predictions_of_the_challenge_server():
 def test_decoding_is_predicted_from_the_bytes_it_reads():
     card = model_card("llama-30b")
     on, step = device("a100"), workload("decode", batch=1, context=0)
-    whole = predict(card, (1, 1, 1), on, step, mfu=0.5)
+    whole = predict(card, Cuts(), on, step, mfu=0.5)
     assert whole.seconds == pytest.approx(card.weight_bytes(16) / (2039e9 * 0.5))
-    assert predict(card, (1, 1, 1), on, step, bits=4, mfu=0.5).seconds < 0.3 * whole.seconds
-    assert predict(card, (1, 4, 1), on, step, mfu=0.5).seconds < 0.4 * whole.seconds
-    assert predict(card, (1, 1, 4), on, step, mfu=0.5).seconds > whole.seconds  # stages work one after another
+    assert predict(card, Cuts(), on, step, bits=4, mfu=0.5).seconds < 0.3 * whole.seconds
+    assert predict(card, Cuts(tensor=4), on, step, mfu=0.5).seconds < 0.4 * whole.seconds
+    assert predict(card, Cuts(pipeline=4), on, step, mfu=0.5).seconds > whole.seconds  # stages work one after another
 
 
 def test_every_device_has_a_source_and_wrong_ones_are_named():

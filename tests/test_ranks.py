@@ -74,7 +74,10 @@ def test_every_layout_scores_what_one_process_scores(four, tiny_folders, questio
     together = four.score(folder, questions, **sizes, schedule=schedule, dtype="fp32")
     assert largest(alone, together) <= 5e-4
     assert together.predictions == alone.predictions
-    assert together.tokens == alone.tokens
+    assert (together.tokens, together.tokens_full) == (alone.tokens, alone.tokens_full)
+    assert together.settings["ranks"] == "4" and together.settings["schedule"] == schedule
+    assert all(f"{kind} {size}" in together.settings["layout"] for kind, size in sizes.items())
+    assert together.memory_bytes > 0
 
 
 @pytest.mark.parametrize("sizes", [{"pipeline": 4}, {"tensor": 2}], ids=str)
@@ -206,11 +209,10 @@ def test_no_orphans_when_the_parent_is_killed(tmp_path):
 
 TORCHRUN = """
 import sys, llmlab
-group = llmlab.ranks(device="cpu")
-result = group.score(sys.argv[1], llmlab.data.everyday(6), pipeline=2, dtype="fp32")
-if group.group.rank.index == 0:
-    print("PREDICTIONS", result.predictions)
-group.group.close()
+with llmlab.ranks(device="cpu") as group:
+    result = group.score(sys.argv[1], llmlab.data.everyday(6), pipeline=2, dtype="fp32")
+    if group.rank == 0:
+        print("PREDICTIONS", result.predictions)
 """
 
 
@@ -262,7 +264,7 @@ def test_what_does_not_fit_is_said_at_once(four, tiny_folders, questions, monkey
     ("sizes", "complaint"),
     [
         ({"pipeline": 4}, "4 stages for 2 layers"),
-        ({"tensor": 4}, "tensor 4 for 2 KV heads"),
+        ({"tensor": 4}, "tensor 4 cannot cut 2 KV heads 4 ways; tensor 2 is the most"),
         ({"data": 3}, "takes 3 ranks"),
     ],
     ids=str,

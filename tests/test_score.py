@@ -68,9 +68,11 @@ def test_batches_do_not_change_the_result(tiny, rows, batch_size):
     for s in sequences:  # no padding, no batch: the definition
         logits = tiny.model(torch.tensor([s.ids])).logits[0].double().log_softmax(-1)
         one_by_one.append(sum(float(logits[p - 1, s.ids[p]]) for p in range(s.n_context, len(s.ids))))
-    values, padding = log_probs(tiny, sequences, batch_size=batch_size)
-    assert values == pytest.approx(one_by_one, abs=1e-3)
-    assert (padding == 0) == (batch_size == 1)
+    scores = log_probs(tiny, sequences, batch_size=batch_size)
+    assert scores.log_probs == pytest.approx(one_by_one, abs=1e-3)
+    assert (scores.work.padding == 0) == (batch_size == 1)
+    assert scores.work.passes == -(-len(sequences) // batch_size)
+    assert scores.work.tokens == sum(len(s.ids) for s in sequences) <= scores.work.asked
 
 
 def test_result_keeps_everything(tiny, rows):
@@ -84,6 +86,9 @@ def test_result_keeps_everything(tiny, rows):
     plain = json.loads(json.dumps(result.as_dict()))
     assert plain["acc"] == result.acc.value
     assert plain["predictions"] == result.predictions
+    assert plain["method"] == "reference"
+    assert result.settings == {"method": "reference", "batch_size": "8"}
+    assert llmlab.score(tiny, rows[:5]).settings == {"method": "shared"}
 
 
 def test_normalisations_divide_by_characters_and_by_tokens(tiny):

@@ -10,7 +10,7 @@ import llmlab
 from llmlab.scoring import reference, shared
 from llmlab.scoring.attention import ancestor_mask
 from llmlab.scoring.encode import Sequence, encode
-from llmlab.scoring.pack import LOGIT_BYTES, Passes, profile
+from llmlab.scoring.pack import LOGIT_BYTES, profile, take
 from llmlab.scoring.trie import build, question_tries
 
 
@@ -58,10 +58,10 @@ def test_every_sequence_is_a_path_of_its_trie(sequences, share_endings):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sequence_sets(), st.integers(1, 40))
 def test_shared_equals_reference_for_any_tries_and_budget(tiny, sequences, budget):
-    expected, _ = reference.log_probs(tiny, sequences)
+    expected = reference.log_probs(tiny, sequences).log_probs
     scores = shared.log_probs(tiny, sequences, budget=budget)
     assert scores.log_probs == pytest.approx(expected, abs=2e-4)
-    assert scores.work.nodes == sum(map(len, question_tries(sequences)))
+    assert scores.work.tokens == sum(map(len, question_tries(sequences)))
 
 
 @settings(max_examples=50, deadline=None)
@@ -77,12 +77,12 @@ def test_the_mask_lets_a_node_see_its_ancestors(sequences):
 @pytest.mark.slow
 def test_real_rows_shared_equals_reference_in_fp32(smollm2, rows):
     sequences = encode(smollm2, rows[20:32])
-    expected, _ = reference.log_probs(smollm2, sequences)
+    expected = reference.log_probs(smollm2, sequences).log_probs
     for budget in (200, 2000):
         scores = shared.log_probs(smollm2, sequences, budget=budget)
         assert np.abs(np.array(scores.log_probs) - np.array(expected)).max() <= 5e-4
-        assert scores.work.nodes < 0.62 * sum(len(s.ids) for s in sequences)
-        assert scores.work.asked < scores.work.nodes
+        assert scores.work.tokens < 0.62 * sum(len(s.ids) for s in sequences)
+        assert scores.work.asked < scores.work.tokens
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -116,16 +116,19 @@ def test_the_example_of_the_trie_module():
 def test_passes_keep_to_their_budget_and_to_the_logits_memory(tiny, rows):
     tries = question_tries(encode(tiny, rows[:12]))
     longest = max(map(len, tries))
-    waiting = Passes(tries, tiny.card.vocab_size)
+    waiting = sorted(tries, key=len)
     taken = []
-    while waiting.waiting:
-        batch = waiting.take(300)
+    while waiting:
+        batch = take(waiting, 300, tiny.card.vocab_size)
         assert sum(map(len, batch)) <= max(300, longest)
         taken += batch
     assert sorted(map(id, taken)) == sorted(map(id, tries))
     assert [len(t) for t in taken] == sorted((len(t) for t in tries), reverse=True)
-    wide = Passes(tries, LOGIT_BYTES)  # a vocabulary so large that the logits bind: one trie a pass
-    assert len(wide.take(10**6)) == 1
+    # A vocabulary so large that the logits bind: one trie a pass.
+    assert len(take(sorted(tries, key=len), 10**6, vocab_size=LOGIT_BYTES)) == 1
+    batches = list(shared.passes(tiny, tries, 300))
+    assert sum(batch.nodes for batch in batches) == sum(map(len, tries))
+    assert sorted(n for b in batches for _, _, n in b.scored) == sorted(n for t in tries for _, _, n in t.scored)
 
 
 def test_the_profile_is_measured_on_the_jobs_own_passes_and_kept(tiny, monkeypatch, tmp_path):
@@ -150,4 +153,4 @@ def test_a_question_longer_than_every_budget_passes_alone(tiny):
     sequences = encode(tiny, [question])
     scores = shared.log_probs(tiny, sequences, budget=10)
     assert scores.work.passes == 1
-    assert scores.log_probs == pytest.approx(reference.log_probs(tiny, sequences)[0], abs=2e-4)
+    assert scores.log_probs == pytest.approx(reference.log_probs(tiny, sequences).log_probs, abs=2e-4)

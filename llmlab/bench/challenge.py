@@ -17,7 +17,7 @@ import torch
 from llmlab.base.errors import InputError
 from llmlab.base.stats import Metric
 from llmlab.bench.ablation import scoring_flops
-from llmlab.data import Question
+from llmlab.data import ENDING_TOKENS, FULL_SET, QUESTION_TOKENS, Question, Spread
 from llmlab.jobs.over_ranks import ranks
 from llmlab.kernels.fast import default_dtype
 from llmlab.model.layerwise import stream
@@ -28,12 +28,6 @@ from llmlab.scoring.encode import Sequence, encode
 from llmlab.scoring.score import ScoreResult, score
 from llmlab.scoring.trie import question_tries
 from llmlab.sharding.plan import plan
-
-FULL_SET = 10_042  # questions of HellaSwag's validation set
-# Tokens on the whole set with the LLaMA tokenizer, as published (dongwonjo.github.io/portfolio/cechallenge):
-# minimum, maximum, mean and standard deviation.
-QUESTION_TOKENS = (12, 118, 56.0, 20.0)
-ENDING_TOKENS = (2, 98, 33.0, 16.0)
 
 
 @dataclass(frozen=True)
@@ -147,7 +141,7 @@ def challenge(
         start = time.perf_counter()
         work = shared.log_probs(lm, sequences).work
         end = time.perf_counter()
-        inference, full, tokens = end - start, sum(len(s.ids) for s in sequences), work.nodes
+        inference, full, tokens = end - start, sum(len(s.ids) for s in sequences), work.tokens
     else:
         assert questions is not None
         result = score(lm, questions)
@@ -212,7 +206,7 @@ def synthetic_sequences(n: int, vocab_size: int, *, seed: int = 0) -> list[Seque
         raise InputError(f"{n} synthetic questions: give a positive number.")
     rng = np.random.default_rng(seed)
 
-    def lengths(table: tuple[int, int, float, float], size: tuple[int, ...]) -> Any:
+    def lengths(table: Spread, size: tuple[int, ...]) -> Any:
         low, high, mean, deviation = table
         return np.clip(np.rint(rng.normal(mean, deviation, size)), low, high).astype(int)
 

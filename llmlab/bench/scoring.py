@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,19 +14,21 @@ import torch
 from llmlab.base.clock import Timing, compare, speedup
 from llmlab.base.errors import InputError
 from llmlab.base.stats import Metric
-from llmlab.bench.ablation import ablation, branch_and_bound, scoring_flops
+from llmlab.bench.ablation import ablation, keeping, scoring_flops
 from llmlab.data import Question
 from llmlab.kernels.plain import onednn_helps, onednn_linear
 from llmlab.measure.memory import peak_bytes
 from llmlab.measure.record import Measurement
 from llmlab.model.lm import LM
 from llmlab.scoring import reference, shared
-from llmlab.scoring.encode import encode
+from llmlab.scoring.encode import Sequence, encode
+from llmlab.scoring.scores import Scores
 from llmlab.scoring.trie import question_tries
 
 LM_EVAL_BATCH_SIZES = (1, 4, 8, 16, 32)
 TUNING_QUESTIONS = 16
 MATMUL_ROWS = 1024
+Report = dict[str, Any]  # ready for JSON
 
 
 def harness_scorer(lm: LM, questions: list[Question], batch_size: int) -> Callable[[], list[float]]:
@@ -53,7 +57,7 @@ def best_batch_size(lm: LM, questions: list[Question], *, min_runs: int = 2) -> 
     return min(seconds, key=lambda size: seconds[size]), seconds
 
 
-def bench_scoring(lm: LM, half: LM | None, questions: list[Question], *, repeats: int = 5) -> dict[str, Any]:
+def bench_scoring(lm: LM, half: LM | None, questions: list[Question], *, repeats: int = 5) -> Report:
     """Everything that the benchmark reports.
 
     The candidates score the same questions from text, tokenization included, interleaved in this process: the harness
@@ -68,81 +72,86 @@ def bench_scoring(lm: LM, half: LM | None, questions: list[Question], *, repeats
     Returns:
         A dictionary ready for JSON; ratios carry their 95 % interval under `..._interval`.
     """
-    batch_size, tuning = best_batch_size(lm, questions)
-    found: dict[str, list[float]] = {}
-
-    def keep(name: str, run: Callable[[], list[float]]) -> Callable[[], None]:
-        def keeping() -> None:
-            found[name] = run()
-
-        return keeping
-
-    candidates = {
-        "lm_eval": keep("lm_eval", harness_scorer(lm, questions, batch_size)),
-        "reference": keep("reference", lambda: reference.log_probs(lm, encode(lm, questions))[0]),
-        "shared": keep("shared", lambda: shared.log_probs(lm, encode(lm, questions)).log_probs),
-    }
-    models = {"shared": lm}
-    if half:
-        batch_size_half, tuning_half = best_batch_size(half, questions)
-        candidates["lm_eval_half"] = keep("lm_eval_half", harness_scorer(half, questions, batch_size_half))
-        candidates["shared_half"] = keep(
-            "shared_half", lambda: shared.log_probs(half, encode(half, questions)).log_probs
-        )
-        models["shared_half"] = half
-    for model in models.values():  # the profile is measured before the clock runs: three jobs for 40 questions
-        for _ in range(3):
-            shared.log_probs(model, encode(model, questions))
-    peak_memory = peak_bytes(candidates["shared"], lm.device)
-    for model in models.values():
-        candidates[f"matmul {model.dtype}"] = own_matmuls(model, torch.nn.functional.linear)
-    if onednn := onednn_helps(lm.model):
-        candidates[f"matmul {lm.dtype} oneDNN"] = own_matmuls(lm, onednn_linear)
-    timings = compare(dict(candidates), warmup=0, min_runs=repeats)
-    work = own_matmul_flops(lm)
-    rates = {name[7:]: work / t.median.value for name, t in timings.items() if name.startswith("matmul ")}
+    models = {"": lm} | ({"_half": half} if half else {})
+    race = _race(models, questions, repeats)
+    timings, log_probs = race.timings, race.log_probs
     sequences = encode(lm, questions)
     tries = question_tries(sequences)
-    asked = sum(trie.asked for trie in tries)
-    flops = scoring_flops(lm, tries, asked)
-    mfu = {model.dtype: flops / timings[name].median.value / rates[model.dtype] for name, model in models.items()}
-    steps = ablation(lm, half, questions, rates, min_runs=3)
-    in_half: dict[str, Any] = {}
-    if half:
-        in_half = {
-            "half": half.dtype,
-            **_ratio("speedup_bf16", timings["lm_eval_half"], timings["shared_half"]),
-            **_ratio("speedup_bf16_vs_lm_eval_fp32", timings["lm_eval"], timings["shared_half"]),
-            "bf16": _agreement(questions, found["lm_eval"], found["shared_half"]),
-            "mfu_bf16": mfu[half.dtype],
-            "lm_eval_batch_size_bf16": batch_size_half,
-            "lm_eval_tuning_seconds_bf16": tuning_half,
-        }
-    return in_half | {
+    flops = scoring_flops(lm, tries, sum(trie.asked for trie in tries))
+    matmuls = [name.removeprefix("matmul ") for name in timings if name.startswith("matmul ")]
+    rates = {name: own_matmul_flops(lm) / timings[f"matmul {name}"].median.value for name in matmuls}
+    mfu = {s: flops / timings[f"shared{s}"].median.value / rates[model.dtype] for s, model in models.items()}
+    onednn = rates.get(f"{lm.dtype} oneDNN")
+    result: Report = {
         "n": len(questions),
         "dtype": lm.dtype,
         "repeats": repeats,
         **_ratio("speedup_vs_lm_eval", timings["lm_eval"], timings["shared"]),
         **_ratio("speedup_vs_reference", timings["reference"], timings["shared"]),
-        **_agreement(questions, found["lm_eval"], found["shared"]),
-        "mfu": mfu[lm.dtype],
-        "mfu_of_onednn": mfu[lm.dtype] * rates[lm.dtype] / rates[f"{lm.dtype} oneDNN"] if onednn else None,
+        **_agreement(questions, log_probs["lm_eval"], log_probs["shared"]),
+        "mfu": mfu[""],
+        "mfu_of_onednn": mfu[""] * rates[lm.dtype] / onednn if onednn else None,
         "matmul_flops": rates,
         "tokens_full": sum(len(s.ids) for s in sequences),
         "tokens_shared": sum(map(len, tries)),
-        "peak_bytes_above_weights": peak_memory,
+        "peak_bytes_above_weights": race.peak_bytes,
         "seconds": {name: timing.median.value for name, timing in timings.items()},
         "seconds_all": {name: timing.seconds for name, timing in timings.items()},
-        "lm_eval_batch_size": batch_size,
-        "lm_eval_tuning_seconds": tuning,
-        "ablation": steps.to_dict("records"),
-        "branch_and_bound_saved_at_most": branch_and_bound(lm, questions),
+        "lm_eval_batch_size": race.tuning[""][0],
+        "lm_eval_tuning_seconds": race.tuning[""][1],
+        "ablation": ablation(lm, half, questions, rates).to_dict("records"),
     }
+    if half:
+        result |= {
+            "half": half.dtype,
+            **_ratio("speedup_bf16", timings["lm_eval_half"], timings["shared_half"]),
+            **_ratio("speedup_bf16_vs_lm_eval_fp32", timings["lm_eval"], timings["shared_half"]),
+            "bf16": _agreement(questions, log_probs["lm_eval"], log_probs["shared_half"]),
+            "mfu_bf16": mfu["_half"],
+            "lm_eval_batch_size_bf16": race.tuning["_half"][0],
+            "lm_eval_tuning_seconds_bf16": race.tuning["_half"][1],
+        }
+    return result
+
+
+@dataclass(frozen=True)
+class _Race:
+    """Candidates timed side by side: `lm_eval`, `shared` (`..._half`), `reference`, and the plain `matmul DTYPE`.
+
+    `tuning` holds the harness's best batch size and its seconds for each; `peak_bytes` is of the shared path.
+    """
+
+    timings: dict[str, Timing]
+    log_probs: dict[str, list[float]]
+    tuning: dict[str, tuple[int, dict[int, float]]]
+    peak_bytes: int | None
+
+
+def _race(models: dict[str, LM], questions: list[Question], repeats: int) -> _Race:
+    lm = models[""]
+    tuning = {suffix: best_batch_size(model, questions) for suffix, model in models.items()}
+    scorers: dict[str, Callable[[], list[float]]] = {"reference": partial(_score, reference.log_probs, lm, questions)}
+    matmuls = {}
+    for suffix, model in models.items():
+        scorers[f"lm_eval{suffix}"] = harness_scorer(model, questions, tuning[suffix][0])
+        scorers[f"shared{suffix}"] = partial(_score, shared.log_probs, model, questions)
+        for _ in range(3):  # the profile is measured before the clock runs: three jobs for 40 questions
+            scorers[f"shared{suffix}"]()
+        matmuls[f"matmul {model.dtype}"] = own_matmuls(model, torch.nn.functional.linear)
+    if onednn_helps(lm.model):
+        matmuls[f"matmul {lm.dtype} oneDNN"] = own_matmuls(lm, onednn_linear)
+    peak = peak_bytes(scorers["shared"], lm.device)
+    runs, log_probs = keeping(scorers)
+    return _Race(compare({**runs, **matmuls}, warmup=0, min_runs=repeats), log_probs, tuning, peak)
+
+
+def _score(method: Callable[[LM, list[Sequence]], Scores], lm: LM, questions: list[Question]) -> list[float]:
+    return method(lm, encode(lm, questions)).log_probs
 
 
 def own_matmul_flops(lm: LM, rows: int = MATMUL_ROWS) -> int:
     """FLOPs of `own_matmuls`."""
-    return 2 * rows * sum(m.weight.numel() for m in lm.model.base_model.modules() if isinstance(m, torch.nn.Linear))
+    return 2 * rows * sum(m.weight.numel() for m in _linears(lm))
 
 
 def own_matmuls(lm: LM, matmul: Callable[..., torch.Tensor], rows: int = MATMUL_ROWS) -> Callable[[], None]:
@@ -151,7 +160,7 @@ def own_matmuls(lm: LM, matmul: Callable[..., torch.Tensor], rows: int = MATMUL_
     The rate that torch's own `linear` reaches is the limit which MFU refers to. They run in the same rounds as the
     candidates, because the clock of a shared machine drifts by more than the differences of interest.
     """
-    linears = [m for m in lm.model.base_model.modules() if isinstance(m, torch.nn.Linear)]
+    linears = _linears(lm)
     inputs = {m.in_features: torch.randn(rows, m.in_features).to(lm.device, m.weight.dtype) for m in linears}
 
     @torch.inference_mode()
@@ -162,7 +171,11 @@ def own_matmuls(lm: LM, matmul: Callable[..., torch.Tensor], rows: int = MATMUL_
     return run
 
 
-def measurement(result: dict[str, Any]) -> Measurement:
+def _linears(lm: LM) -> list[torch.nn.Linear]:
+    return [m for m in lm.model.base_model.modules() if isinstance(m, torch.nn.Linear)]
+
+
+def measurement(result: Report) -> Measurement:
     """The benchmark's main numbers for a record; speeds are ratios to lm-evaluation-harness in the same run.
 
     Without a fast half precision its numbers are not there.
@@ -178,27 +191,28 @@ def measurement(result: dict[str, Any]) -> Measurement:
         f"from text, interleaved, median of {result['repeats']}; baseline lm-evaluation-harness HFLM at its best of "
         f"batch sizes {', '.join(map(str, LM_EVAL_BATCH_SIZES))}, same weights, dtype and threads"
     )
-    return Measurement("bench scoring", values, result["n"], protocol)
+    settings = {"method": "shared", "half": result.get("half", "none")}
+    return Measurement("bench scoring", values, result["n"], protocol, settings=settings)
 
 
-def _ratio(name: str, baseline: Timing, candidate: Timing) -> dict[str, Any]:
+def _ratio(name: str, baseline: Timing, candidate: Timing) -> dict[str, object]:
     ratio = speedup(baseline, candidate)
     return {name: ratio.value, f"{name}_interval": [ratio.low, ratio.high]}
 
 
-def _agreement(questions: list[Question], expected: list[float], found: list[float]) -> dict[str, Any]:
+def _agreement(questions: list[Question], expected: list[float], scored: list[float]) -> dict[str, object]:
     """How the answers agree by acc and by acc_norm: share of equal predictions, the flips, the largest difference."""
     flips = set()
     start = 0
     for index, question in enumerate(questions):
         stop = start + len(question.endings)
         lengths = np.array([len(e) for e in question.endings])
-        a, b = np.array(expected[start:stop]), np.array(found[start:stop])
+        a, b = np.array(expected[start:stop]), np.array(scored[start:stop])
         if a.argmax() != b.argmax() or (a / lengths).argmax() != (b / lengths).argmax():
             flips.add(index)
         start = stop
     return {
         "prediction_agreement": 1 - len(flips) / len(questions),
         "flips": sorted(flips),
-        "max_abs_delta_log_prob": float(np.abs(np.subtract(expected, found)).max()),
+        "max_abs_delta_log_prob": float(np.abs(np.subtract(expected, scored)).max()),
     }

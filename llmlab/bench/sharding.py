@@ -1,7 +1,7 @@
 """`llmlab bench sharding`: every layout of a few ranks, measured and simulated, against one process.
 
-The profile of the simulation is measured: in the naive schedule one rank works at a time, so the times of its batches
-are those of an undisturbed device. What ranks lose by sharing this machine's cores is measured, too.
+The simulation's times are measured: in the naive schedule one rank works at a time, so the times of its batches are
+those of an undisturbed device. What ranks lose by sharing this machine's cores is measured, too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,22 +19,26 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from llmlab.base.stats import Metric
 from llmlab.data import Question
-from llmlab.jobs.over_ranks import RankGroup, ScoredPart, gather_scores
+from llmlab.jobs.over_ranks import RankGroup, gather_scores
+from llmlab.jobs.rank_parts import ScoredPart
 from llmlab.measure.record import Measurement
 from llmlab.model.card import ModelCard
 from llmlab.model.load import model_card
+from llmlab.scoring.paired import paired
 from llmlab.scoring.score import ScoreResult
-from llmlab.sharding.cuts import Cuts
+from llmlab.sharding.cuts import Cuts, all_cuts
 from llmlab.sharding.pipeline import stage_layers
 from llmlab.sharding.plan import plan
 from llmlab.sharding.rank import Rank
 from llmlab.sharding.timeline import Span, Task, Timeline, simulate, tasks
 
-ASKED = 0.6  # of a trie's nodes ask the output head; as in `shard.load_shard`
+ASKED = 0.6  # of a trie's nodes ask the output head; as in `load_shard`
+Report = dict[str, Any]  # ready for JSON
+Runs = list[list[ScoredPart]]  # of each run, what each rank reported
 
 
 @dataclass(frozen=True)
-class Profile:
+class RankTimes:
     """Seconds of one undisturbed rank: a decoder layer and the ends over the nodes of a pass, as fitted lines.
 
     Attributes:
@@ -51,22 +55,19 @@ class Profile:
     reduce: float
     cores: float
 
-    def seconds(self, nodes: int, layers: int, head: bool, share: float = 1.0) -> float:
-        """Of `layers` layers, of which this rank computes `share`, with the head or without."""
-        fixed, each = self.layer
-        found = layers * (fixed + each * nodes) * share
-        return found + (self.head[0] + self.head[1] * nodes) * share if head else found
+    def seconds(self, nodes: int, layers: int, head: bool, share: float) -> float:
+        """Seconds of `layers` layers, of which this rank computes `share`, with the head or without."""
+        fixed, per_node = self.layer
+        seconds = layers * (fixed + per_node * nodes)
+        if head:
+            seconds += self.head[0] + self.head[1] * nodes
+        return seconds * share
 
 
 def layouts(devices: int, card: ModelCard) -> list[tuple[Cuts, str]]:
     """What is measured: the naive split first, then every layout that the model allows."""
-    found = [(Cuts(pipeline=devices), "naive")]
-    for data in range(1, devices + 1):
-        for tensor in range(1, devices + 1):
-            cuts = Cuts(data, tensor, devices // max(1, data * tensor))
-            if cuts.ranks == devices and tensor <= card.kv_heads and cuts.pipeline <= card.layers:
-                found.append((cuts, "micro-batches"))
-    return found
+    fitting = [cuts for cuts in all_cuts(devices) if not cuts.misfit(card.layers, card.kv_heads)]
+    return [(Cuts(pipeline=devices), "naive"), *((cuts, "micro-batches") for cuts in fitting)]
 
 
 def bench_sharding(
@@ -76,8 +77,8 @@ def bench_sharding(
     alone: ScoreResult,
     *,
     repeats: int = 3,
-    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
-) -> dict[str, Any]:
+    on_row: Callable[[Report], None] = lambda row: None,
+) -> Report:
     """Everything that the benchmark reports.
 
     Args:
@@ -89,48 +90,21 @@ def bench_sharding(
         on_row: called with each layout's row.
     """
     card = model_card(model)
-    chosen = layouts(group.size, card)
-    runs: dict[str, list[list[ScoredPart]]] = {}
+    runs: dict[tuple[Cuts, str], Runs] = {layout: [] for layout in layouts(group.size, card)}
     for _ in range(repeats):
-        for cuts, schedule in chosen:
-            if not runs.get(key := f"{cuts.name}, {schedule}"):
+        for (cuts, schedule), of_layout in runs.items():
+            if not of_layout:
                 group.score_parts(model, questions[:4], cuts, schedule=schedule)  # loads and warms up
-            runs.setdefault(key, []).append(group.score_parts(model, questions, cuts, schedule=schedule))
-    naive = runs[f"{chosen[0][0].name}, naive"]
-    profile = measured_profile(group, model, questions, naive, card, chosen[0][0])
-    rows: list[dict[str, Any]] = []
-    delta, agreement = 0.0, 1.0
-    for cuts, schedule in chosen:
-        parts_of_runs = runs[f"{cuts.name}, {schedule}"]
-        seconds = statistics.median(max(p.seconds for p in parts) for parts in parts_of_runs)
-        parts = min(parts_of_runs, key=lambda ps: abs(max(p.seconds for p in ps) - seconds))
-        here = simulated(profile, parts, cuts, schedule, card, profile.cores)
-        apart = simulated(profile, parts, cuts, schedule, card, None)
-        spans = [Span(Task(b, r, r, e - s), s, e) for r, p in enumerate(parts) for b, (s, e) in enumerate(p.busy)]
-        result = gather_scores(questions, parts, cuts, seconds)
-        pairs = zip(alone.log_probs, result.log_probs, strict=True)
-        worst = max(abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True))
-        same = sum(a == b for a, b in zip(alone.predictions, result.predictions, strict=True)) / len(questions)
-        delta, agreement = max(delta, worst), min(agreement, same)
-        work = sum(span.task.work for span in simulated(profile, parts, cuts, schedule, card, None).spans)
-        row = {
-            "layout": cuts.name,
-            "schedule": schedule,
-            "seconds_measured": seconds,
-            "seconds_all": [max(p.seconds for p in ps) for ps in parts_of_runs],
-            "seconds_simulated": here.seconds,
-            "simulator_error": here.seconds / seconds - 1,
-            "bubble_measured": Timeline(group.size, spans).bubble,
-            "bubble_simulated": here.bubble,
-            "bubble_on_own_devices": apart.bubble,
-            "seconds_on_own_devices": apart.seconds,
-            "bytes_sent": sum(p.bytes_sent for p in parts),
-            "efficiency": work / profile.cores / seconds,
-            "max_abs_delta_log_prob": worst,
-            "spans": [(r, s, e) for r, p in enumerate(parts) for s, e in p.busy],
-        }
-        rows.append(row)
-        on_row(row)
+            of_layout.append(group.score_parts(model, questions, cuts, schedule=schedule))
+    pipeline, naive = Cuts(pipeline=group.size), next(iter(runs.values()))
+    times = measured_times(group, model, questions, naive, card)
+    rows: list[Report] = []
+    for (cuts, schedule), of_layout in runs.items():
+        rows.append(_row(times, of_layout, cuts, schedule, card, questions, alone))
+        on_row(rows[-1])
+    # The micro-batched pipeline on devices of its own, for more questions of the same kind.
+    passes = naive[0][0].nodes
+    many = (passes * (400 // len(questions) + 1))[: max(1, round(len(passes) * 400 / len(questions)))]
     projected = plan(model_card("llama-30b"), devices=4, device="v100", workload="hellaswag")
     assert projected.best.predicted is not None
     return {
@@ -138,100 +112,123 @@ def bench_sharding(
         "devices": group.size,
         "repeats": repeats,
         "layouts": rows,
-        "prediction_agreement": agreement,
-        "max_abs_delta_log_prob": delta,
+        "prediction_agreement": min(row["prediction_agreement"] for row in rows),
+        "max_abs_delta_log_prob": max(row["max_abs_delta_log_prob"] for row in rows),
         "simulator_error_max": max(abs(row["simulator_error"]) for row in rows),
-        "bubble_simulated_400": bubble_at(profile, naive[0], chosen[0][0], card, len(questions), 400),
-        "effective_cores": profile.cores,
-        "link_seconds": profile.link,
+        "bubble_simulated_400": simulated(times, [many], pipeline, "micro-batches", card, None).bubble,
+        "effective_cores": times.cores,
+        "link_seconds": times.link,
         "projected_seconds_v100x4": projected.best.predicted.seconds,
         "projection": f"LLaMA-30B, fp16, {projected.best.name}; {projected.assumptions}",
     }
 
 
-def measured_profile(
-    group: RankGroup,
-    model: str,
-    questions: list[Question],
-    naive: list[list[ScoredPart]],
-    card: ModelCard,
-    cuts: Cuts,
-) -> Profile:
+def _row(
+    times: RankTimes, runs: Runs, cuts: Cuts, schedule: str, card: ModelCard, questions: list[Question],
+    alone: ScoreResult,
+) -> Report:  # fmt: skip
+    """A layout as measured, in the run of median length, and as simulated: here, and on devices of its own."""
+    seconds_all = list(map(_seconds, runs))
+    seconds = statistics.median(seconds_all)
+    parts = min(runs, key=lambda parts: abs(_seconds(parts) - seconds))
+    here = simulated(times, _nodes(parts, cuts), cuts, schedule, card, times.cores)
+    apart = simulated(times, _nodes(parts, cuts), cuts, schedule, card, None)
+    spans = [Span(Task(b, r, r, e - s), s, e) for r, p in enumerate(parts) for b, (s, e) in enumerate(p.busy)]
+    compared = paired(alone, gather_scores(questions, parts, cuts, schedule, seconds))
+    return {
+        "layout": cuts.name,
+        "schedule": schedule,
+        "seconds_measured": seconds,
+        "seconds_all": seconds_all,
+        "seconds_simulated": here.seconds,
+        "simulator_error": here.seconds / seconds - 1,
+        "bubble_measured": Timeline(len(parts), spans).bubble,
+        "bubble_simulated": here.bubble,
+        "bubble_on_own_devices": apart.bubble,
+        "seconds_on_own_devices": apart.seconds,
+        "bytes_sent": sum(p.bytes_sent for p in parts),
+        "efficiency": sum(span.task.work for span in apart.spans) / times.cores / seconds,
+        "prediction_agreement": 1 - len(compared.flips) / compared.n,
+        "max_abs_delta_log_prob": compared.max_abs_delta,
+        "spans": [(span.task.rank, span.start, span.end) for span in spans],
+    }
+
+
+def _seconds(parts: list[ScoredPart]) -> float:
+    """Of a run: until its last rank is done."""
+    return max(part.seconds for part in parts)
+
+
+def _nodes(parts: list[ScoredPart], cuts: Cuts) -> list[list[int]]:
+    """Of each replica the nodes of its passes."""
+    return [part.nodes for part in parts[:: cuts.pipeline * cuts.tensor]]
+
+
+def measured_times(group: RankGroup, model: str, questions: list[Question], naive: Runs, card: ModelCard) -> RankTimes:
     """Lines through the naive schedule's times, and what cores and links do."""
-    bounds = _bounds(card, cuts.pipeline)
+    bounds = _bounds(card, group.size)
     nodes = np.array(naive[0][0].nodes, dtype=float)
     # [stages][passes], the median over the runs
-    times = np.median([[[e - s for s, e in part.busy] for part in parts] for parts in naive], axis=0)
+    seconds = np.median([[[e - s for s, e in part.busy] for part in parts] for parts in naive], axis=0)
     inner = sum(end - first for first, end in bounds[:-1]) or 1
-    layer = np.polyfit(nodes, times[:-1].sum(axis=0) / inner, 1) if cuts.pipeline > 1 else (0.0, 0.0)
+    layer = np.polyfit(nodes, seconds[:-1].sum(axis=0) / inner, 1) if group.size > 1 else (0.0, 0.0)
     last = bounds[-1][1] - bounds[-1][0]
-    head = np.polyfit(nodes, times[-1] - last * np.polyval(layer, nodes), 1)
-    total = statistics.median(max(p.seconds for p in parts) for parts in naive)
-    hops = len(nodes) * cuts.pipeline  # a batch's hops from stage to stage, and the word that it has left
-    link = max(0.0, (total - times.sum()) / hops)
+    head = np.polyfit(nodes, seconds[-1] - last * np.polyval(layer, nodes), 1)
+    hops = len(nodes) * group.size  # a batch's hops from stage to stage, and the word that it has left
+    link = max(0.0, (statistics.median(map(_seconds, naive)) - seconds.sum()) / hops)
     lines = (float(layer[1]), float(layer[0])), (float(head[1]), float(head[0]))
-    alone = Profile(*lines, link, 0.0, float(group.size))
+    undisturbed = RankTimes(*lines, link, reduce=0.0, cores=float(group.size))
+    cores = effective_cores(group, model, questions, undisturbed, card)
     reduce = statistics.median(group.run(time_reduce, card.hidden_size, card.intermediate_size))
-    return Profile(*lines, link, reduce, effective_cores(group, model, questions, alone, card))
+    return replace(undisturbed, reduce=reduce, cores=cores)
 
 
 def effective_cores(
-    group: RankGroup, model: str, questions: list[Question], alone: Profile, card: ModelCard, share: int = 4
+    group: RankGroup, model: str, questions: list[Question], times: RankTimes, card: ModelCard
 ) -> float:
     """How many undisturbed ranks' work this machine does at once: what makes the simulation of a short run of replicas
     take as long as the run did."""
-    replicas, few = Cuts(data=group.size), questions[: max(group.size, len(questions) // share)]
+    replicas, few = Cuts(data=group.size), questions[: max(group.size, len(questions) // 4)]
     group.score_parts(model, questions[: group.size], replicas)  # loads and warms up
     runs = [group.score_parts(model, few, replicas) for _ in range(3)]
-    measured = statistics.median(max(part.seconds for part in parts) for parts in runs)
+    measured, nodes = statistics.median(map(_seconds, runs)), _nodes(runs[0], replicas)
     low, high = 0.25, float(group.size)
     for _ in range(20):  # bisection: more cores, fewer seconds
         cores = (low + high) / 2
-        slower = simulated(alone, runs[0], replicas, "micro-batches", card, cores).seconds > measured
+        slower = simulated(times, nodes, replicas, "micro-batches", card, cores).seconds > measured
         low, high = (cores, high) if slower else (low, cores)
     return (low + high) / 2
 
 
 def simulated(
-    profile: Profile, parts: list[ScoredPart], cuts: Cuts, schedule: str, card: ModelCard, cores: float | None
+    times: RankTimes, nodes: list[list[int]], cuts: Cuts, schedule: str, card: ModelCard, cores: float | None
 ) -> Timeline:
-    """The timeline of a measured run's passes."""
+    """The timeline of passes over so many `nodes`, of each replica."""
     bounds = _bounds(card, cuts.pipeline)
-    share = -(-card.kv_heads // cuts.tensor) / card.kv_heads if cuts.tensor > 1 else 1.0
+    share, reduces = 1.0, 0.0  # of each layer's work; seconds of all-reduces over `times.reduce`
     if cuts.tensor > 1:  # MLP evenly, attention in whole KV groups: weighed by their matrices
-        attention = 2 * card.hidden_size * (card.heads + card.kv_heads) * card.head_dim / (
-            card.linear_parameters / card.layers
-        )  # fmt: skip
-        share = attention * share + (1 - attention) / cuts.tensor
-    made: list[Task] = []
-    for replica in range(cuts.data):
-        first_rank = replica * cuts.pipeline * cuts.tensor
-        nodes = parts[first_rank].nodes
+        layer = card.linear_parameters / card.layers
+        attention = 2 * card.hidden_size * (card.heads + card.kv_heads) * card.head_dim / layer
+        share = attention * -(-card.kv_heads // cuts.tensor) / card.kv_heads + (1 - attention) / cuts.tensor
         # Reduces were timed while all ranks shared the cores: their share of a core is what they cost here.
-        reduces = 0.0 if cuts.tensor == 1 else 2.0 if cores is None else 2.0 * cores / len(parts)
-        for way in range(cuts.tensor):
-            work = [
-                [
-                    profile.seconds(n, end - first, end == card.layers, share)
-                    + reduces * (end - first) * profile.reduce * n / 256
-                    for first, end in bounds
-                ]
-                for n in nodes
+        reduces = 2.0 if cores is None else 2.0 * cores / cuts.ranks
+    queue: list[Task] = []
+    for replica, passes in enumerate(nodes):
+        work = [
+            [
+                times.seconds(n, end - first, end == card.layers, share)
+                + reduces * (end - first) * times.reduce * n / 256
+                for first, end in bounds
             ]
-            offset = len(made)
+            for n in passes
+        ]
+        for way in range(cuts.tensor):
+            offset = len(queue)
             for task in tasks(work, schedule):
-                rank = first_rank + task.stage * cuts.tensor + way
+                rank = (replica * cuts.pipeline + task.stage) * cuts.tensor + way
                 after = None if task.after is None else task.after + offset
-                made.append(Task(task.batch, task.stage, rank, task.work, after))
-    return simulate(made, link=profile.link, cores=cores)
-
-
-def bubble_at(profile: Profile, parts: list[ScoredPart], cuts: Cuts, card: ModelCard, n: int, questions: int) -> float:
-    """The micro-batched pipeline's bubble on devices of its own, for more questions of the same kind."""
-    nodes = (parts[0].nodes * (questions // n + 1))[: max(1, round(len(parts[0].nodes) * questions / n))]
-    bounds = _bounds(card, cuts.pipeline)
-    work = [[profile.seconds(k, end - first, end == card.layers) for first, end in bounds] for k in nodes]
-    return simulate(tasks(work, "micro-batches"), link=profile.link).bubble
+                queue.append(replace(task, rank=rank, after=after))
+    return simulate(queue, link=times.link, cores=cores)
 
 
 def _bounds(card: ModelCard, stages: int) -> list[tuple[int, int]]:
@@ -264,7 +261,7 @@ def time_reduce(rank: Rank, hidden_size: int, intermediate_size: int, rounds: in
     return statistics.median(max(0.0, run(True) - run(False)) for _ in range(3))
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Report) -> str:
     """One row for people."""
     return (
         f"{row['layout']:<24} {row['schedule']:<14} {row['seconds_measured']:7.2f} s, simulated "
@@ -273,7 +270,7 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def measurement(result: dict[str, Any]) -> Measurement:
+def measurement(result: Report) -> Measurement:
     """The main numbers for a record; speeds are ratios to the naive split of the same run."""
     naive = result["layouts"][0]["seconds_measured"]
     values = {f"speedup {row['layout']}": Metric(naive / row["seconds_measured"], "x") for row in result["layouts"][1:]}
@@ -288,4 +285,5 @@ def measurement(result: dict[str, Any]) -> Measurement:
         f"{result['devices']} ranks, median of {result['repeats']} interleaved runs; baseline: the naive layer split, "
         f"one batch at a time; this machine does {result['effective_cores']:.2f} ranks' work at once"
     )
-    return Measurement("bench sharding", values, result["n"], protocol)
+    settings = {"ranks": str(result["devices"])}
+    return Measurement("bench sharding", values, result["n"], protocol, settings=settings)

@@ -27,8 +27,9 @@ from llmlab.data import Question, everyday, prompts
 from llmlab.decoding.drafts import Draft, SelfDraft
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import check_settings, encode_prompts, generate
-from llmlab.jobs.over_ranks import generate_part, ranks, score_part
+from llmlab.jobs.over_ranks import ranks
 from llmlab.jobs.own_draft import named_drafts
+from llmlab.jobs.rank_parts import Job, generate_part, score_part
 from llmlab.kernels.fast import packed_dtype
 from llmlab.measure.energy import availability, joules_per_1000_tokens, measure_energy
 from llmlab.measure.memory import peak_bytes
@@ -42,8 +43,7 @@ from llmlab.quantization.walk import calibration_rows, quantize
 from llmlab.scoring.encode import encode
 from llmlab.scoring.perplexity import PerplexityResult, perplexity
 from llmlab.scoring.score import ScoreResult, score
-from llmlab.sharding.cuts import Cuts
-from llmlab.sharding.load import check_layout, load_shard
+from llmlab.sharding.load import check_layout
 from llmlab.sharding.rank import Rank
 
 CONTEXT = 512  # tokens of a perplexity window and of a calibration row, or what the model has
@@ -224,31 +224,31 @@ def _running(lm: LM, combination: Combination, prompts: list[str], new_tokens: i
         if combination.method != "none":
             name = str(lm.save(Path(folder) / "quantized"))
 
+        job = Job(name, cuts, lm.dtype)
+
         def decode_over_ranks() -> tuple[int, float]:
-            parts = [part[1] for part in group.run(generate_part, name, prompts, cuts, lm.dtype, options) if part]
+            parts = [part[1] for part in group.run(generate_part, job, prompts, options) if part]
             return sum(p.decoded_tokens for p in parts), max(p.seconds_decode for p in parts)
 
         def peak_over_ranks(some: list[Question]) -> int | None:
-            peaks = group.run(_part_peak, name, some, prompts, cuts, lm.dtype, options)
-            return None if None in peaks else sum(peaks)
+            peaks = [peak for peak in group.run(_part_peak, job, some, prompts, options) if peak is not None]
+            return sum(peaks) if len(peaks) == group.size else None
 
         def score_over_ranks(some: list[Question]) -> ScoreResult:
             return group.score(name, some, plan=cuts, dtype=lm.dtype)
 
-        held = sum(group.run(_part_bytes, name, cuts, lm.dtype))
+        held = sum(group.run(_part_bytes, job))
         yield _Runs(score_over_ranks, decode_over_ranks, peak_over_ranks, held)
 
 
-def _part_bytes(rank: Rank, name: str, cuts: Cuts, dtype: str) -> int:
-    return load_shard(rank, name, cuts, dtype).weight_bytes
+def _part_bytes(rank: Rank, job: Job) -> int:
+    return job.load(rank).weight_bytes
 
 
-def _part_peak(
-    rank: Rank, name: str, some: list[Question], prompts: list[str], cuts: Cuts, dtype: str, options: dict[str, Any]
-) -> int | None:
+def _part_peak(rank: Rank, job: Job, some: list[Question], prompts: list[str], options: dict[str, Any]) -> int | None:
     def run() -> None:
-        score_part(rank, name, some, cuts, dtype, "micro-batches", None)
-        generate_part(rank, name, prompts, cuts, dtype, options)
+        score_part(rank, job, some)
+        generate_part(rank, job, prompts, options)
 
     return _fresh_peak(run, rank.device)
 

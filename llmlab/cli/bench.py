@@ -26,8 +26,8 @@ def challenge(
 ) -> None:
     """The 2023 challenge's job: the whole set, both timings, accuracy, a record and a one-page report."""
     check_outputs(json_file)
-    from llmlab.bench.challenge import FULL_SET
     from llmlab.bench.challenge import challenge as run
+    from llmlab.data import FULL_SET
     from llmlab.lab.report.report import write_challenge_page
     from llmlab.measure.record import append, describe
 

@@ -6,9 +6,8 @@ simple_evaluate(model=HarnessLM(llmlab.load("smollm2")), tasks=["hellaswag"])
 
 from __future__ import annotations
 
-from typing import Any
-
 from lm_eval import utils
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from llmlab.decoding.generate import generate
@@ -42,13 +41,13 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         bos = self.lm.tokenizer.bos_token_id
         return int(bos) if bos is not None else self.eot_token_id
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Token ids, with the tokenizer's own special tokens unless told otherwise."""
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return list(self.lm.tokenizer.encode(string, **options))
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: list[tuple[object, list[int], list[int]]], disable_tqdm: bool = False, **_: object
     ) -> list[tuple[float, bool]]:
         """(log-probability, would greedy decoding write it) of each (strings, context ids, continuation ids)."""
         questions: dict[tuple[int, ...], int] = {}
@@ -60,7 +59,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         scores = shared.log_probs(self.lm, sequences)
         return list(zip(scores.log_probs, scores.greedy, strict=True))
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts, in disjoint windows of the context's length."""
         totals = []
         for request in requests:
@@ -75,13 +74,13 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
             totals.append(sum(value for value, _ in self._loglikelihood_tokens(pairs)))
         return totals
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy or sampled continuations up to the first stop string."""
         texts = []
         for request in requests:
             prompt, settings = request.args
             stops = settings.get("until") or []
-            made = generate(
+            text = generate(
                 self.lm,
                 [prompt],
                 max_new_tokens=settings.get("max_gen_toks", self.max_new_tokens),
@@ -89,6 +88,6 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
                 top_p=settings.get("top_p", 1.0),
             ).texts[0]
             for stop in [stops] if isinstance(stops, str) else stops:
-                made = made.split(stop)[0] if stop else made
-            texts.append(made)
+                text = text.split(stop)[0] if stop else text
+            texts.append(text)
         return texts

@@ -42,7 +42,7 @@ def recordable(model: Any) -> bool:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     by_length = str(rope.get("rope_type", rope.get("type", ""))) in ("dynamic", "longrope", "yarn")
     experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    sharded = hasattr(model, "stage") or any(m._forward_hooks for m in model.modules())
+    sharded = "forward" in vars(model) or any(m._forward_hooks for m in model.modules())
     on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
     int8 = getattr(model, "is_loaded_in_8bit", False)
     return on_cpu and not (by_length or experts or sharded or int8)

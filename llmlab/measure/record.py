@@ -48,6 +48,9 @@ class Measurement:
     n: int
     protocol: str
     data: str = "synthetic"
+    settings: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    memory_bytes: int | None = None
 
     def metrics(self) -> dict[str, Metric]:
         """The measurements with their units."""

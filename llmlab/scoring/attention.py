@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from transformers import AttentionInterface
@@ -30,7 +29,7 @@ def ancestor_mask(trie: Trie, dtype: torch.dtype, device: torch.device) -> torch
 
 
 def trie_attention(
-    module: Any,
+    module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -38,7 +37,7 @@ def trie_attention(
     *,
     trie_masks: list[torch.Tensor],
     scaling: float | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: [1, heads, N, d] queries (keys, values: KV heads) to [1, N, heads, d]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from llmlab.base.errors import InputError, NumericalError
+from llmlab.base.errors import InputError
 from llmlab.data import Question
 from llmlab.model.lm import LM
 
@@ -60,13 +59,3 @@ def encode(lm: LM, questions: list[Question]) -> list[Sequence]:
                 raise InputError(f"question {index}: its {part} has no token of its own; remove the question.")
             sequences.append(Sequence(index, number, ids, n_context))
     return sequences
-
-
-def check_finite(batch: list[Sequence], values: list[float], number: int, dtype: str) -> None:
-    """Raise NumericalError for the first log-probability of a batch that is NaN or infinite; names its question."""
-    for sequence, value in zip(batch, values, strict=True):
-        if not math.isfinite(value):
-            raise NumericalError(
-                f"batch {number}: question {sequence.question}, ending {sequence.ending} has a log-probability that is "
-                f"not finite in {dtype}: try fp32, and check the weights."
-            )

@@ -66,37 +66,29 @@ class Profile:
 
 def profile(lm: LM) -> Profile:
     """The profile of this model, dtype and device; empty if it was never measured."""
-    device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else machine()
-    identity = [lm.name, lm.revision, lm.transformation, lm.card.layers, lm.dtype, device]
-    identity += [torch.__version__]
+    on_gpu = lm.device.type == "cuda"
+    device = torch.cuda.get_device_name(lm.device) if on_gpu else machine()
+    identity = [lm.name, lm.revision, lm.transformation, lm.card.layers, lm.dtype, device, torch.__version__]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     path = cache_folder() / "profiles" / f"{name}.json"
-    budgets = GPU_BUDGETS if lm.device.type == "cuda" else CPU_BUDGETS
     try:
         rates = {int(b): list(map(float, r)) for b, r in json.loads(path.read_text()).items()}
     except (OSError, ValueError):  # never measured, or not ours: measure
         rates = {}
-    return Profile(path, budgets, rates, warm=bool(rates))
+    return Profile(path, GPU_BUDGETS if on_gpu else CPU_BUDGETS, rates, warm=bool(rates))
 
 
-class Passes:
-    """Tries handed out in passes, longest first: like lengths meet, and attention pads to the longest of a pass."""
+def take(waiting: list[Trie], budget: int, vocab_size: int) -> list[Trie]:
+    """Remove the next pass from the end of a list: tries of together at most `budget` nodes, but at least one.
 
-    def __init__(self, tries: list[Trie], vocab_size: int) -> None:
-        self.waiting = sorted(tries, key=len)
-        self.vocab_size = vocab_size
-
-    def take(self, budget: int) -> list[Trie]:
-        """Tries of together at most `budget` nodes, at least one; fewer if their fp32 logits would pass LOGIT_BYTES."""
-        taken: list[Trie] = []
-        nodes = asked = 0
-        while self.waiting:
-            trie = self.waiting[-1]
-            wants = trie.asked
-            full = nodes + len(trie) > budget or (asked + wants) * self.vocab_size * 4 > LOGIT_BYTES
-            if taken and full:
-                break
-            taken.append(self.waiting.pop())
-            nodes += len(trie)
-            asked += wants
-        return taken
+    Fewer if their fp32 logits would pass LOGIT_BYTES.
+    """
+    taken: list[Trie] = []
+    nodes = asked = 0
+    while waiting:
+        nodes += len(waiting[-1])
+        asked += waiting[-1].asked
+        if taken and (nodes > budget or asked * vocab_size * 4 > LOGIT_BYTES):
+            break
+        taken.append(waiting.pop())
+    return taken

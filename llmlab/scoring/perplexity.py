@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -36,6 +35,13 @@ class PerplexityResult:
     seconds_total: float
     task: str = "perplexity"
     data: str = "text"
+    memory_bytes: int | None = None  # the weights alone
+    seed: int | None = None  # nothing is drawn
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """How the text was cut and run."""
+        return {name: str(getattr(self, name)) for name in ("context", "stride", "batch_size")}
 
     @property
     def n(self) -> int:
@@ -77,22 +83,12 @@ class PerplexityResult:
             "seconds_total": Metric(self.seconds_total, "s"),
         }
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Everything, ready for JSON."""
-        return {
-            "task": self.task,
-            "n": self.n,
-            "perplexity": self.perplexity.value,
-            "perplexity_interval": [self.perplexity.low, self.perplexity.high],
-            "nll": self.nll,
-            "context": self.context,
-            "stride": self.stride,
-            "windows": len(self.window_nll),
-            "window_nll": self.window_nll,
-            "protocol": self.protocol,
-            "seconds_inference": self.seconds_inference,
-            "seconds_total": self.seconds_total,
-        }
+        ppl = self.perplexity
+        values = {"n": self.n, "perplexity": ppl.value, "perplexity_interval": [ppl.low, ppl.high], "nll": self.nll}
+        own = {"windows": len(self.window_nll), "settings": self.settings, "protocol": self.protocol}
+        return values | asdict(self) | own
 
 
 def perplexity(

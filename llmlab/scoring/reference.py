@@ -11,23 +11,15 @@ Which logit scores which token (context a b c, ending d e):
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from llmlab.model.lm import LM
-from llmlab.scoring.encode import Sequence, check_finite
+from llmlab.scoring.encode import Sequence
+from llmlab.scoring.scores import OnBatch, Scores, Work, check_finite
 
 
-@torch.inference_mode()
-def log_probs(
-    lm: LM,
-    sequences: list[Sequence],
-    *,
-    batch_size: int = 8,
-    on_batch: Callable[[list[Sequence], list[float]], None] | None = None,
-) -> tuple[list[float], float]:
-    """Log-probability of each sequence's ending given its context, in nats, in the order given; share of padding.
+def log_probs(lm: LM, sequences: list[Sequence], *, batch_size: int = 8, on_batch: OnBatch | None = None) -> Scores:
+    """Log-probability of each sequence's ending given its context, in the order given.
 
     Longest sequences come first: padding stays small, running out of memory happens at once, and the time left is
     never underestimated. Rows are padded on the right and the padding is masked. Soft-max in fp32.
@@ -42,21 +34,32 @@ def log_probs(
         NumericalError: a log-probability is NaN or infinite; names the batch.
     """
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
-    result = [0.0] * len(sequences)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = [sequences[i] for i in chosen]
-        values = torch.stack([tokens.sum() for tokens in token_log_probs(lm, batch)])
-        check_finite(batch, values.tolist(), start // batch_size, lm.dtype)
-        for i, value in zip(chosen, values.tolist(), strict=True):
-            result[i] = value
+    return score_batches(lm, sequences, in_groups(order, batch_size), on_batch)
+
+
+def in_groups(order: list[int], size: int) -> list[list[int]]:
+    """A list in pieces of `size`; the last one may be shorter."""
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+@torch.inference_mode()
+def score_batches(
+    lm: LM, sequences: list[Sequence], batches: list[list[int]], on_batch: OnBatch | None = None
+) -> Scores:
+    """The same in given batches: lists of indices into `sequences`."""
+    log_probs = [0.0] * len(sequences)
+    places = 0
+    for number, indices in enumerate(batches):
+        batch = [sequences[i] for i in indices]
+        places += len(batch) * max(len(s.ids) for s in batch)
+        values = torch.stack([tokens.sum() for tokens in token_log_probs(lm, batch)]).tolist()
+        check_finite(batch, values, number, lm.dtype)
+        for i, value in zip(indices, values, strict=True):
+            log_probs[i] = value
         if on_batch:
-            on_batch(batch, values.tolist())
-    lengths = [len(sequences[i].ids) for i in order]
-    padded = sum(
-        max(lengths[k : k + batch_size]) * len(lengths[k : k + batch_size]) for k in range(0, len(order), batch_size)
-    )
-    return result, 1 - sum(lengths) / padded
+            on_batch(batch, values)
+    tokens = sum(len(s.ids) for s in sequences)
+    return Scores(log_probs, Work(tokens, len(batches), asked=places, padding=1 - tokens / places))
 
 
 @torch.inference_mode()

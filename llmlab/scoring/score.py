@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,10 @@ from llmlab.data import Question, fingerprint
 from llmlab.model.lm import LM
 from llmlab.scoring import reference, shared
 from llmlab.scoring.encode import Sequence, encode
+from llmlab.scoring.scores import OnBatch, Scores
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 METHODS = ("shared", "reference")
 
@@ -24,18 +29,22 @@ class ScoreResult:
     """Scores of N questions.
 
     Attributes:
+        task, data: the questions' source and fingerprint.
         log_probs: log-probability of each ending given its context, in nats: N lists, one value an ending.
         predictions: the most probable ending (acc).
         predictions_norm: the same after division by the ending's characters (acc_norm, as lm-evaluation-harness).
         predictions_norm_token: the same after division by the ending's tokens (acc_norm_token).
         labels: the right endings.
-        method: "shared" or "reference".
         tokens: tokens that went through the model, padding left out.
         tokens_full: tokens of all contexts with all endings, as the reference path computes them.
         passes: forward passes.
         padding: share of places computed for nothing by the reference path's batches; the shared path has none.
         seconds_inference: forward passes, from the first batch to the last result.
         seconds_total: the same with tokenization and metrics; loading the model is not in it.
+        settings: how it was scored: `method`, `batch_size` of the reference path; over ranks their number, `layout` and
+            `schedule`.
+        memory_bytes: of the weights on all ranks together; None for one process: those of its model.
+        seed: None, nothing is drawn.
     """
 
     task: str
@@ -45,18 +54,25 @@ class ScoreResult:
     predictions_norm: list[int]
     predictions_norm_token: list[int]
     labels: list[int]
-    method: str
     tokens: int
     tokens_full: int
     passes: int
     padding: float
     seconds_inference: float
     seconds_total: float
+    settings: dict[str, str]
+    memory_bytes: int | None = None
+    seed: int | None = None
 
     @property
     def n(self) -> int:
         """Number of questions."""
         return len(self.labels)
+
+    @property
+    def method(self) -> str:
+        """The path, "shared" or "reference", with the layout where several ranks scored."""
+        return ", ".join(self.settings[name] for name in ("method", "layout") if name in self.settings)
 
     @property
     def acc(self) -> Metric:
@@ -77,6 +93,11 @@ class ScoreResult:
         return proportion([p == label for p, label in zip(predictions, self.labels, strict=True)])
 
     @property
+    def accuracies(self) -> dict[str, Metric]:
+        """All three by name."""
+        return {"acc": self.acc, "acc_norm": self.acc_norm, "acc_norm_token": self.acc_norm_token}
+
+    @property
     def protocol(self) -> str:
         """How the numbers came about, in one line."""
         return (
@@ -87,10 +108,7 @@ class ScoreResult:
 
     def metrics(self) -> dict[str, Metric]:
         """The measurements with their units, for a Record."""
-        return {
-            "acc": self.acc,
-            "acc_norm": self.acc_norm,
-            "acc_norm_token": self.acc_norm_token,
+        return self.accuracies | {
             "seconds_inference": Metric(self.seconds_inference, "s"),
             "seconds_total": Metric(self.seconds_total, "s"),
             "questions_per_second": Metric(self.n / self.seconds_inference, "1/s"),
@@ -99,29 +117,11 @@ class ScoreResult:
             "tokens_full": Metric(self.tokens_full, "token"),
         }
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Everything, ready for JSON."""
-        accuracies = {"acc": self.acc, "acc_norm": self.acc_norm, "acc_norm_token": self.acc_norm_token}
-        return {
-            "task": self.task,
-            "n": self.n,
-            **{name: metric.value for name, metric in accuracies.items()},
-            **{f"{name}_interval": [metric.low, metric.high] for name, metric in accuracies.items()},
-            "predictions": self.predictions,
-            "predictions_norm": self.predictions_norm,
-            "predictions_norm_token": self.predictions_norm_token,
-            "labels": self.labels,
-            "log_probs": self.log_probs,
-            "method": self.method,
-            "tokens": self.tokens,
-            "tokens_full": self.tokens_full,
-            "passes": self.passes,
-            "padding": self.padding,
-            "seconds_inference": self.seconds_inference,
-            "seconds_total": self.seconds_total,
-            "protocol": self.protocol,
-            "data": self.data,
-        }
+        values = {name: metric.value for name, metric in self.accuracies.items()}
+        intervals = {f"{name}_interval": [metric.low, metric.high] for name, metric in self.accuracies.items()}
+        return {"n": self.n, **values, **intervals, **asdict(self), "method": self.method, "protocol": self.protocol}
 
 
 def score(lm: LM, questions: list[Question], *, method: str = "shared", batch_size: int = 8) -> ScoreResult:
@@ -145,70 +145,80 @@ def score(lm: LM, questions: list[Question], *, method: str = "shared", batch_si
     check_options(method, batch_size)
     begin = time.perf_counter()
     sequences = encode(lm, questions)
-    table: list[list[float]] = [[float("nan")] * len(q.endings) for q in questions]
+    settings = {"method": method}
     with progress(len(sequences), f"scoring {questions[0].source}", "ending") as bar:
-        answered: list[bool] = []
-
-        def show(batch: list[Sequence], values: list[float]) -> None:
-            for sequence, value in zip(batch, values, strict=True):
-                row = table[sequence.question]
-                row[sequence.ending] = value
-                if not any(map(np.isnan, row)):
-                    answered.append(int(np.argmax(row)) == questions[sequence.question].label)
-            if answered:
-                bar.set_postfix_str(f"acc {sum(answered) / len(answered):.3f} of {len(answered)}", refresh=False)
-            bar.update(len(batch))
-
         begin_inference = time.perf_counter()
         if method == "shared":
-            work = shared.log_probs(lm, sequences, on_batch=show).work
-            cost = (work.nodes, work.passes, 0.0)
+            scores = shared.log_probs(lm, sequences, on_batch=_showing(bar, questions))
         else:
-            _, padding = reference.log_probs(lm, sequences, batch_size=batch_size, on_batch=show)
-            cost = (sum(len(s.ids) for s in sequences), -(-len(sequences) // batch_size), padding)
-        end_inference = time.perf_counter()
-    seconds = (end_inference - begin_inference, time.perf_counter() - begin)
-    return summarize(questions, sequences, table, method, cost, seconds)
+            settings["batch_size"] = str(batch_size)
+            scores = reference.log_probs(lm, sequences, batch_size=batch_size, on_batch=_showing(bar, questions))
+        end = time.perf_counter()
+    return summarize(questions, sequences, scores, settings, (end - begin_inference, end - begin))
+
+
+def _showing(bar: tqdm[object], questions: list[Question]) -> OnBatch:
+    """Moves a progress bar; beside it the accuracy of the questions that are done."""
+    log_probs: dict[int, dict[int, float]] = defaultdict(dict)  # of each question's endings so far
+    hits: list[bool] = []
+
+    def show(batch: list[Sequence], values: list[float]) -> None:
+        for sequence, value in zip(batch, values, strict=True):
+            question, endings = questions[sequence.question], log_probs[sequence.question]
+            endings[sequence.ending] = value
+            if len(endings) == len(question.endings):
+                hits.append(max(endings, key=lambda ending: endings[ending]) == question.label)
+        if hits:
+            bar.set_postfix_str(f"acc {sum(hits) / len(hits):.3f} of {len(hits)}", refresh=False)
+        bar.update(len(batch))
+
+    return show
 
 
 def summarize(
     questions: list[Question],
     sequences: list[Sequence],
-    table: list[list[float]],
-    method: str,
-    cost: tuple[int, int, float],
+    scores: Scores,
+    settings: dict[str, str],
     seconds: tuple[float, float],
+    memory_bytes: int | None = None,
 ) -> ScoreResult:
     """Log-probabilities to predictions.
 
     Args:
         questions: what was asked.
         sequences: as they were encoded.
-        table: log-probability of each ending of each question.
-        method: the path that computed them.
-        cost: tokens that went through the model, passes, share of padding.
+        scores: of the sequences.
+        settings, memory_bytes: as in `ScoreResult`.
         seconds: of the inference, of everything.
     """
-    characters = [[len(e) for e in q.endings] for q in questions]
-    tokens: list[list[int]] = [[0] * len(q.endings) for q in questions]
-    for sequence in sequences:
+    log_probs = [[0.0] * len(q.endings) for q in questions]
+    tokens = [[0] * len(q.endings) for q in questions]
+    for sequence, value in zip(sequences, scores.log_probs, strict=True):
+        log_probs[sequence.question][sequence.ending] = value
         tokens[sequence.question][sequence.ending] = sequence.n_ending
     return ScoreResult(
         task=questions[0].source,
         data=fingerprint(questions),
-        log_probs=table,
-        predictions=[int(np.argmax(row)) for row in table],
-        predictions_norm=[_argmax_per(row, length) for row, length in zip(table, characters, strict=True)],
-        predictions_norm_token=[_argmax_per(row, length) for row, length in zip(table, tokens, strict=True)],
+        log_probs=log_probs,
+        predictions=_best(log_probs, [[1] * len(row) for row in log_probs]),
+        predictions_norm=_best(log_probs, [[len(e) for e in q.endings] for q in questions]),
+        predictions_norm_token=_best(log_probs, tokens),
         labels=[q.label for q in questions],
-        method=method,
-        tokens=cost[0],
+        tokens=scores.work.tokens,
         tokens_full=sum(len(s.ids) for s in sequences),
-        passes=cost[1],
-        padding=cost[2],
+        passes=scores.work.passes,
+        padding=scores.work.padding,
         seconds_inference=seconds[0],
         seconds_total=seconds[1],
+        settings=settings,
+        memory_bytes=memory_bytes,
     )
+
+
+def _best(log_probs: list[list[float]], lengths: list[list[int]]) -> list[int]:
+    """Of each question the ending with the largest log-probability by unit of length."""
+    return [int(np.argmax(np.divide(row, length))) for row, length in zip(log_probs, lengths, strict=True)]
 
 
 def check_options(method: str, batch_size: int) -> None:
@@ -217,7 +227,3 @@ def check_options(method: str, batch_size: int) -> None:
         raise InputError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}.")
     if batch_size < 1:
         raise InputError(f"batch size {batch_size}: give a positive number.")
-
-
-def _argmax_per(values: list[float], lengths: list[int]) -> int:
-    return int(np.argmax(np.array(values) / np.array(lengths, dtype=np.float64)))

@@ -1,5 +1,8 @@
 """Shared-prefix scoring: one forward pass over a row of tries instead of one sequence per ending. Exact.
 
+    for batch in passes(lm, question_tries(sequences)):           # tries in a row, as many as fill a pass
+        totals.add(batch, lm.model(**batch.model).logits[0])      # adds log p(token) to each sequence it belongs to
+
 Against the plain path it saves the context of three endings in four and the first tokens that endings share, all
 padding, and the output head wherever nothing is asked for.
 """
@@ -7,7 +10,7 @@ padding, and the output head wherever nothing is asked for.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,54 +19,16 @@ import torch
 from llmlab.kernels.plain import fastest_matmuls
 from llmlab.model.lm import LM
 from llmlab.scoring.attention import ancestor_mask, tries_attend
-from llmlab.scoring.encode import Sequence, check_finite
-from llmlab.scoring.pack import Passes, profile
+from llmlab.scoring.encode import Sequence
+from llmlab.scoring.pack import profile, take
+from llmlab.scoring.scores import OnBatch, Scores, Work, check_finite
 from llmlab.scoring.trie import Trie, question_tries
 
 SOFTMAX_ROWS = 64  # of logits at once: a few MB in fp32
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a job cost.
-
-    Attributes:
-        nodes: tokens that went through the model; nothing is padded.
-        asked: positions at which the output head worked.
-        passes: forward passes.
-    """
-
-    nodes: int
-    asked: int
-    passes: int
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Log-probability of each sequence's ending in nats, whether greedy decoding would write it, and the cost."""
-
-    log_probs: list[float]
-    greedy: list[bool]
-    work: Work
-
-
-@dataclass(frozen=True)
-class Forward:
-    """What one pass found: for each (node, token, sequence) triple log p(token) and whether it is the argmax."""
-
-    scored: list[tuple[int, int, int]]
-    log_probs: list[float]
-    greedy: list[bool]
-    asked: int
-
-
-@torch.inference_mode()
 def log_probs(
-    lm: LM,
-    sequences: list[Sequence],
-    *,
-    budget: int | None = None,
-    on_batch: Callable[[list[Sequence], list[float]], None] | None = None,
+    lm: LM, sequences: list[Sequence], *, budget: int | None = None, on_batch: OnBatch | None = None
 ) -> Scores:
     """Score each sequence's ending given its context, in the order given.
 
@@ -76,45 +41,44 @@ def log_probs(
     Raises:
         NumericalError: a log-probability is NaN or infinite; names the batch and the question.
     """
-    totals, greedy = [0.0] * len(sequences), [True] * len(sequences)
-    waiting = Passes(question_tries(sequences), lm.card.vocab_size)
-    measured = profile(lm)
-    nodes = asked = passes = 0
-    with tries_attend(lm), fastest_matmuls(lm.model):
-        while waiting.waiting:
-            limit = budget or measured.budget()
-            begin = time.perf_counter()
-            tries = waiting.take(limit)
-            found = forward(lm, tries)
-            for (_, _, number), value, best in zip(found.scored, found.log_probs, found.greedy, strict=True):
-                totals[number] += value
-                greedy[number] &= best
-            size = sum(map(len, tries))
-            if budget is None:
-                measured.observe(limit, size, time.perf_counter() - begin)
-            finished = sorted({number for _, _, number in found.scored})
-            batch, sums = [sequences[n] for n in finished], [totals[n] for n in finished]
-            check_finite(batch, sums, passes, lm.dtype)
-            nodes, asked, passes = nodes + size, asked + found.asked, passes + 1
+    with fastest_matmuls(lm.model):
+        return score_tries(lm, sequences, question_tries(sequences), budget=budget, on_batch=on_batch)
+
+
+@torch.inference_mode()
+def score_tries(
+    lm: LM,
+    sequences: list[Sequence],
+    tries: list[Trie],
+    *,
+    budget: int | None = None,
+    head_everywhere: bool = False,
+    on_batch: OnBatch | None = None,
+) -> Scores:
+    """The same with given tries; `head_everywhere` as in `passes`."""
+    totals = Totals(sequences, lm.dtype)
+    with tries_attend(lm):
+        for batch in passes(lm, tries, budget, head_everywhere=head_everywhere):
+            finished = totals.add(batch, lm.model(**batch.model).logits[0])
             if on_batch:
-                on_batch(batch, sums)
-    return Scores(totals, greedy, Work(nodes, asked, passes))
+                on_batch(*finished)
+    return Scores(totals.log_probs, Work(totals.nodes, totals.passes, totals.asked), totals.greedy)
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What one pass asks the model.
+class Batch:
+    """Tries in a row: what one forward pass asks the model.
 
     Attributes:
         model: keyword arguments of the model's forward pass.
-        scored: (node, token, sequence) triples.
-        where: [triples], which row of the logits belongs to each; on CPU, so that to sort them waits for no GPU.
+        scored: (node, token, sequence) triples: log p(token) at that node is a term of that sequence's sum.
+        rows: [triples], which row of the logits belongs to each; on CPU, so that to sort them waits for no GPU.
         targets: [triples], the tokens.
     """
 
     model: dict[str, Any]
     scored: list[tuple[int, int, int]]
-    where: torch.Tensor
+    rows: torch.Tensor
     targets: torch.Tensor
 
     @property
@@ -123,17 +87,28 @@ class Inputs:
         return int(self.model["input_ids"].shape[1])
 
 
-@torch.inference_mode()
-def forward(lm: LM, tries: list[Trie], *, head_everywhere: bool = False) -> Forward:
-    """One forward pass over tries in a row, within `tries_attend`.
+def passes(lm: LM, tries: list[Trie], budget: int | None = None, *, head_everywhere: bool = False) -> Iterator[Batch]:
+    """Tries in forward passes, the longest first; to be run within `tries_attend`.
 
-    `head_everywhere` lets the output head work at every node, as a plain forward pass does: for the ablation.
+    Args:
+        lm: the model.
+        tries: from `question_tries`.
+        budget: nodes a pass; by default what this device's profile says, which learns from the time until the next
+            pass is asked for.
+        head_everywhere: let the output head work at every node, as a plain forward pass does: for the ablation.
     """
-    asked = inputs(lm, tries, head_everywhere=head_everywhere)
-    return read(asked, lm.model(**asked.model).logits[0])
+    waiting = sorted(tries, key=len)
+    measured = profile(lm)
+    while waiting:
+        limit = budget or measured.budget()
+        begin = time.perf_counter()
+        batch = in_a_row(lm, take(waiting, limit, lm.card.vocab_size), head_everywhere)
+        yield batch
+        if budget is None:
+            measured.observe(limit, batch.nodes, time.perf_counter() - begin)
 
 
-def inputs(lm: LM, tries: list[Trie], *, head_everywhere: bool = False) -> Inputs:
+def in_a_row(lm: LM, tries: list[Trie], head_everywhere: bool = False) -> Batch:
     """The tensors of one pass, on the model's device."""
     scored: list[tuple[int, int, int]] = []
     start = 0
@@ -142,9 +117,9 @@ def inputs(lm: LM, tries: list[Trie], *, head_everywhere: bool = False) -> Input
         start += len(trie)
     device = lm.device
     asking = torch.tensor([node for node, _, _ in scored])
-    nodes, where = torch.unique(asking, return_inverse=True)  # [asked], [triples]
+    nodes, rows = torch.unique(asking, return_inverse=True)  # [asked], [triples]
     if head_everywhere:
-        nodes, where = torch.arange(start), asking
+        nodes, rows = torch.arange(start), asking
     model = {
         "input_ids": torch.tensor([[i for t in tries for i in t.ids]], device=device),  # [1, nodes]
         "position_ids": torch.tensor([[d for t in tries for d in t.depths]], device=device),
@@ -152,21 +127,54 @@ def inputs(lm: LM, tries: list[Trie], *, head_everywhere: bool = False) -> Input
         "use_cache": False,
         "logits_to_keep": nodes.to(device),  # the output head works only where a token is asked for
     }
-    targets = torch.tensor([token for _, token, _ in scored], device=device)
-    return Inputs(model, scored, where, targets)
+    return Batch(model, scored, rows, torch.tensor([token for _, token, _ in scored], device=device))
 
 
-def read(asked: Inputs, logits: torch.Tensor) -> Forward:
-    """Log-probabilities out of a pass's logits [asked, vocabulary]."""
-    values = torch.empty(len(asked.where), device=logits.device)
-    greedy = torch.empty(len(asked.where), dtype=torch.bool, device=logits.device)
+class Totals:
+    """Scores of sequences, added up token by token as passes come in.
+
+    Attributes:
+        log_probs: the sum so far of each sequence's ending, in nats.
+        greedy: whether every token so far is the one that greedy decoding would write.
+        nodes, passes, asked: what has been computed for it, as in `Work`.
+    """
+
+    def __init__(self, sequences: list[Sequence], dtype: str) -> None:
+        self.sequences, self.dtype = sequences, dtype
+        self.log_probs, self.greedy = [0.0] * len(sequences), [True] * len(sequences)
+        self.nodes = self.passes = self.asked = 0
+
+    def add(self, batch: Batch, logits: torch.Tensor) -> tuple[list[Sequence], list[float]]:
+        """Take in a pass's logits [asked, vocabulary].
+
+        Returns the sequences that are finished now, and their log-probabilities: as no trie is split over passes, all
+        that the pass touches.
+
+        Raises:
+            NumericalError: a sum is NaN or infinite; names the pass and the question.
+        """
+        log_probs, greedy = _terms(batch, logits)
+        for (_, _, number), value, best in zip(batch.scored, log_probs, greedy, strict=True):
+            self.log_probs[number] += value
+            self.greedy[number] &= best
+        finished = sorted({number for _, _, number in batch.scored})
+        ended, sums = [self.sequences[n] for n in finished], [self.log_probs[n] for n in finished]
+        check_finite(ended, sums, self.passes, self.dtype)
+        self.nodes, self.asked, self.passes = self.nodes + batch.nodes, self.asked + len(logits), self.passes + 1
+        return ended, sums
+
+
+def _terms(batch: Batch, logits: torch.Tensor) -> tuple[list[float], list[bool]]:
+    """Of each triple log p(token), and whether that token is the most probable one."""
+    values = torch.empty(len(batch.rows), device=logits.device)
+    greedy = torch.empty(len(batch.rows), dtype=torch.bool, device=logits.device)
     # Soft-max in fp32 over a few rows at a time. As log_softmax, not logsumexp: torch's CPU kernels differ by 1e-5 nats
     # a token, and the reference path and lm-evaluation-harness use this one.
     for chunk, few in enumerate(torch.split(logits, SOFTMAX_ROWS)):
-        here = (asked.where // SOFTMAX_ROWS == chunk).nonzero().squeeze(-1)  # the triples that ask these rows
+        here = (batch.rows // SOFTMAX_ROWS == chunk).nonzero().squeeze(-1)  # the triples that ask these rows
         if len(here):
-            row, here = (asked.where[here] % SOFTMAX_ROWS).to(logits.device), here.to(logits.device)
+            row, here = (batch.rows[here] % SOFTMAX_ROWS).to(logits.device), here.to(logits.device)
             predictions = few.float().log_softmax(dim=-1)  # [rows, vocabulary]
-            values[here] = predictions[row, asked.targets[here]]
+            values[here] = predictions[row, batch.targets[here]]
             greedy[here] = values[here] == predictions.amax(dim=-1)[row]
-    return Forward(asked.scored, values.tolist(), greedy.tolist(), len(logits))
+    return values.tolist(), greedy.tolist()

@@ -14,7 +14,9 @@ sequence: sharing is exact. The last token of a sequence predicts nothing that i
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from itertools import takewhile
 
 from llmlab.scoring.encode import Sequence
 
@@ -44,18 +46,20 @@ class Trie:
         return len({node for node, _, _ in self.scored})
 
 
-def build(sequences: list[Sequence], numbers: list[int]) -> Trie:
+def build(sequences: list[Sequence], numbers: list[int], most_shared: int = sys.maxsize) -> Trie:
     """The trie of some sequences; `numbers` are what `scored` calls them.
 
     In lexicographic order every sequence leaves the path of the one before it at their longest common prefix, so
-    appending the rest yields the depth-first order, and the nodes left behind are the ends of subtrees.
+    appending the rest yields the depth-first order, and the nodes left behind are the ends of subtrees. Two sequences
+    share at most their first `most_shared` tokens.
     """
     trie = Trie([], [], [], [])
     path: list[int] = []  # nodes from the root to the tip
     before: list[int] = []
     for sequence, number in sorted(zip(sequences, numbers, strict=True), key=lambda pair: pair[0].ids):
         tokens = sequence.ids[:-1]
-        shared = _common_prefix(before, tokens)
+        prefix = takewhile(lambda pair: pair[0] == pair[1], zip(before, tokens, strict=False))
+        shared = min(len(list(prefix)), most_shared)
         _close(trie, path, shared)
         for depth in range(shared, len(tokens)):
             path.append(len(trie.ids))
@@ -76,37 +80,12 @@ def question_tries(sequences: list[Sequence], *, share_endings: bool = True) -> 
     groups: dict[int, list[int]] = {}
     for number, sequence in enumerate(sequences):
         groups.setdefault(sequence.question, []).append(number)
-    make = build if share_endings else _star
-    return [make([sequences[n] for n in numbers], numbers) for numbers in groups.values()]
-
-
-def _star(sequences: list[Sequence], numbers: list[int]) -> Trie:
-    """The context once and every ending on a branch of its own."""
-    n_context = min(s.n_context for s in sequences)
-    while any(s.ids[:n_context] != sequences[0].ids[:n_context] for s in sequences):
-        n_context -= 1
-    trie = Trie(sequences[0].ids[:n_context], list(range(n_context)), [0] * n_context, [])
-    for sequence, number in zip(sequences, numbers, strict=True):
-        first = len(trie.ids)
-        branch = sequence.ids[n_context:-1]
-        trie.ids.extend(branch)
-        trie.depths.extend(range(n_context, n_context + len(branch)))
-        trie.subtree_ends.extend([len(trie.ids)] * len(branch))
-        nodes = [*range(n_context), *range(first, len(trie.ids))]
-        trie.scored.extend(
-            (nodes[k - 1], sequence.ids[k], number) for k in range(sequence.n_context, len(sequence.ids))
-        )
-    trie.subtree_ends[:n_context] = [len(trie.ids)] * n_context
-    return trie
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
+    tries = []
+    for numbers in groups.values():
+        endings = [sequences[n] for n in numbers]
+        most_shared = sys.maxsize if share_endings else min(s.n_context for s in endings)
+        tries.append(build(endings, numbers, most_shared))
+    return tries
 
 
 def _close(trie: Trie, path: list[int], shared: int) -> None:

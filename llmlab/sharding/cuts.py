@@ -22,15 +22,27 @@ class Cuts:
 
     @property
     def name(self) -> str:
-        """Such as "data 2 x pipeline 2"."""
+        """Such as "data 2 x pipeline 2"; parts of 1 are left out."""
         parts = {"data": self.data, "tensor": self.tensor, "pipeline": self.pipeline}
         return " x ".join(f"{part} {size}" for part, size in parts.items() if size > 1) or "one device"
+
+    def misfit(self, layers: int, kv_heads: int) -> str | None:
+        """Why a model cannot be cut so; None where it can."""
+        if self.tensor > kv_heads:  # whole groups of query heads and their KV head stay on one rank
+            return f"cannot cut {kv_heads} KV heads {self.tensor} ways; tensor {kv_heads} is the most"
+        if self.pipeline > layers:
+            return f"has {self.pipeline} stages for {layers} layers"
+        return None
 
     def check(self, size: int, layers: int, kv_heads: int) -> None:
         """Raise InputError where it does not fit the ranks or the model."""
         if min(self.data, self.tensor, self.pipeline) < 1 or self.ranks != size:
             raise InputError(f"{self.name} takes {self.ranks} ranks: there are {size}.")
-        if self.pipeline > layers:
-            raise InputError(f"{self.pipeline} stages for {layers} layers: use at most {layers}.")
-        if self.tensor > kv_heads:
-            raise InputError(f"tensor {self.tensor} for {kv_heads} KV heads: use at most tensor {kv_heads}.")
+        if misfit := self.misfit(layers, kv_heads):
+            raise InputError(f"{self.name} {misfit}: choose another layout.")
+
+
+def all_cuts(devices: int) -> list[Cuts]:
+    """Every layout that uses all of `devices` devices."""
+    divisors = [k for k in range(1, devices + 1) if devices % k == 0]
+    return [Cuts(d, t, devices // (d * t)) for d in divisors for t in divisors if devices % (d * t) == 0]

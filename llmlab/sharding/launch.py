@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol, cast
+from typing import Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,24 +29,36 @@ from llmlab.base.errors import InputError, RankError
 from llmlab.base.progress import progress
 from llmlab.kernels.cuda import advice, nvidia, usable
 from llmlab.model.lm import check_device
-from llmlab.sharding.rank import Rank, join
+from llmlab.sharding.rank import Rank
 
 GRACE = 3.0  # seconds to wait for the other ranks' reports when one fails, and for all to leave at the end
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Group(Protocol):
-    """What `ranks()` returns, however the processes came to be."""
+    """Ranks, however the processes came to be; `index` is this process's own number, 0 where it started them."""
 
     size: int
     device: str
+    index: int
 
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    def run(self, function: Callable[Concatenate[Rank, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """`function(rank, *args, **kwargs)` on every rank; the results by rank."""
         ...
 
     def close(self) -> None:
         """End the ranks."""
         ...
+
+
+class Failure(NamedTuple):
+    """When a rank failed, which one, how ("death", "error", or "input" for an InputError), and what it says."""
+
+    when: float
+    rank: int
+    kind: str
+    text: str
 
 
 class Ranks:
@@ -58,8 +70,7 @@ class Ranks:
     """
 
     def __init__(self, size: int, *, device: str | None = None, port: int = 0, timeout: float = 600) -> None:
-        self.size = size
-        self.device = check_world(size, device)
+        self.size, self.device, self.index = size, check_world(size, device), 0
         self.closed = False
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
@@ -108,7 +119,7 @@ class Ranks:
             if not self.closed:
                 print(f"[rank {index}] {text}", file=sys.stderr, flush=True)
 
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    def run(self, function: Callable[Concatenate[Rank, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """`function(rank, *args, **kwargs)` on every rank; `function` is found by its module and name.
 
         Raises:
@@ -123,47 +134,44 @@ class Ranks:
             for connection in self._connections:
                 with contextlib.suppress(BrokenPipeError):
                     connection.send((function.__module__, function.__qualname__, args, kwargs))
-            return self._collect()
+            return cast(list[T], self._collect())
         except BaseException:
             self.kill()  # also at Ctrl-C: nothing is left running
             raise
 
-    def _collect(self) -> list[Any]:
-        results: dict[int, Any] = {}
-        failures: list[tuple[float, int, str, str]] = []  # (when, rank, kind, text)
+    def _collect(self) -> list[object]:
+        results: dict[int, object] = {}
+        failures: list[Failure] = []
         deadline: float | None = None
         waiting = dict(zip(self._connections, range(self.size), strict=True))
         bar = None
         while waiting and (deadline is None or time.monotonic() < deadline):
             for connection in cast(list[Connection], wait(list(waiting), timeout=0.2)):
                 index = waiting[connection]
-                content: list[Any]
                 try:
                     kind, *content = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    del waiting[connection]
-                    code = self._processes[index].wait()
-                    failures.append((time.monotonic(), index, "death", self._obituary(index, code)))
-                else:
-                    if kind == "progress":
-                        if bar is None:
-                            bar = progress(content[1], content[2], content[3])
-                        bar.update(content[0] - bar.n)
-                        continue
-                    del waiting[connection]
-                    if kind == "result":
-                        results[index] = content[0]
-                    else:
-                        failures.append((content[0], index, kind, content[1]))
-                if failures and deadline is None:
-                    deadline = time.monotonic() + GRACE  # the rank that failed first may not be the first to be heard
+                    kind, content = "death", [time.monotonic(), self._obituary(index)]
+                if kind == "progress":
+                    done, *about = content
+                    bar = bar or progress(*about)
+                    bar.update(done - bar.n)
+                    continue
+                del waiting[connection]
+                if kind == "result":
+                    results[index] = content[0]
+                    continue
+                failures.append(Failure(content[0], index, kind, content[1]))
+                # The rank that failed first may not be the first to be heard.
+                deadline = deadline or time.monotonic() + GRACE
         if bar is not None:
             bar.close()
         if failures:
             _raise(failures)
         return [results[index] for index in range(self.size)]
 
-    def _obituary(self, index: int, code: int) -> str:
+    def _obituary(self, index: int) -> str:
+        code = self._processes[index].wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
         if code == -signal.SIGKILL:
             how += " (by someone, or for want of memory)"
@@ -203,16 +211,16 @@ class Joined:
         self.size = int(os.environ["WORLD_SIZE"])
         local = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = check_world(int(os.environ.get("LOCAL_WORLD_SIZE", self.size)), device)
-        self.rank = Rank(int(os.environ["RANK"]), self.size, _own_device(self.device, local))
+        self.index = int(os.environ["RANK"])
+        on_gpu = self.device == "cuda"
+        self.rank = Rank(self.index, self.size, torch.device("cuda", local) if on_gpu else torch.device("cpu"))
         if not dist.is_initialized():
-            dist.init_process_group(_backend(self.device), timeout=timedelta(seconds=timeout))
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
         self.run(join_check)
 
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    def run(self, function: Callable[Concatenate[Rank, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """As `Ranks.run`; what raises here ends this process, and torchrun ends the others."""
-        results: list[Any] = [None] * self.size
-        dist.all_gather_object(results, function(self.rank, *args, **kwargs))
-        return results
+        return _gather(self.size, function(self.rank, *args, **kwargs))
 
     def close(self) -> None:
         """Leave the process group."""
@@ -226,14 +234,19 @@ def join_check(rank: Rank) -> None:
 
     from llmlab.base.version import __version__
 
-    mine = {"llmlab": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    mine["device"] = rank.device.type
-    everyone: list[Any] = [None] * rank.size
-    dist.all_gather_object(everyone, mine)
+    own = {"llmlab": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    everyone = _gather(rank.size, own | {"device": rank.device.type})
     for index, other in enumerate(everyone):
         for what, value in other.items():
             if value != everyone[0][what]:
                 raise InputError(f"rank {index} has {what} {value}, rank 0 has {everyone[0][what]}: make them equal.")
+
+
+def _gather(size: int, own: T) -> list[T]:
+    """What every rank brings, by rank."""
+    everyone: list[T | None] = [None] * size
+    dist.all_gather_object(everyone, own)
+    return cast(list[T], everyone)
 
 
 def check_world(size: int, device: str | None) -> str:
@@ -250,25 +263,12 @@ def check_world(size: int, device: str | None) -> str:
     return device
 
 
-def _own_device(device: str, local: int) -> torch.device:
-    return torch.device(device, local) if device == "cuda" else torch.device("cpu")
-
-
-def _backend(device: str) -> str:
-    return "nccl" if device == "cuda" else "gloo"
-
-
-def _raise(failures: list[tuple[float, int, str, str]]) -> None:
+def _raise(failures: list[Failure]) -> None:
     """Raise for the failure that caused the others: a death before an exception, then the earliest.
 
     When a rank dies, its neighbours' collectives fail, and they may report first.
     """
-    deaths = [f for f in failures if f[2] == "death"]
-    when, index, kind, text = min(deaths or failures)
-    del when
-    if kind == "input":
-        raise InputError(text)
-    raise RankError(text if kind == "death" else f"rank {index} failed:\n{text}", index)
-
-
-__all__ = ["Group", "Joined", "Rank", "RankError", "Ranks", "check_world", "join", "join_check"]
+    cause = min([f for f in failures if f.kind == "death"] or failures)
+    if cause.kind == "input":
+        raise InputError(cause.text)
+    raise RankError(cause.text if cause.kind == "death" else f"rank {cause.rank} failed:\n{cause.text}", cause.rank)

@@ -35,6 +35,7 @@ class Shard:
 
     Attributes:
         lm: its `model` computes the whole when all ranks of the replica call it together.
+        stage: its place in the replica's pipeline.
         data: this replica's number.
         answers: whether this rank reports what its replica found.
         seconds: that loading took.
@@ -43,6 +44,7 @@ class Shard:
     """
 
     lm: LM
+    stage: Stage
     data: int
     answers: bool
     seconds: float
@@ -59,10 +61,10 @@ def load_shard(rank: Rank, name: str, cuts: Cuts, dtype: str, seed: int = 0) -> 
     Raises InputError for a layout that does not fit.
     """
     key = f"{name} {cuts.name} {dtype}"
-    if key in rank.held:
-        held: Shard = rank.held[key]
-        return held
-    rank.held.clear()  # one model at a time
+    kept = rank.kept.get(key)
+    if isinstance(kept, Shard):
+        return kept
+    rank.kept.clear()  # one model at a time
     begin = time.perf_counter()
     revision = fingerprint(resolve(name))
     folder, config = _folder_and_config(name)
@@ -83,7 +85,7 @@ def load_shard(rank: Rank, name: str, cuts: Cuts, dtype: str, seed: int = 0) -> 
     model, largest = _build(config, folder, bounds[stage.index], stage, cut, settings, DTYPES[dtype], rank.device, seed)
     if cuts.tensor > 1:
         _cut_ends(model, stage, cut, mesh["tensor"].get_group())
-        tensor.attach(model, cut, mesh["tensor"].get_group())
+        tensor.attach(model, cut, mesh["tensor"].get_group(), stage)
     pipeline.attach(model, stage)
     if folder is not None and (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -92,8 +94,8 @@ def load_shard(rank: Rank, name: str, cuts: Cuts, dtype: str, seed: int = 0) -> 
     if settings:
         lm = replace(lm, transformation=f"gptq {settings['bits']} bits, group {settings['group_size']}")
     answers = stage.last and cut.index == 0
-    shard = Shard(lm, place["data"], answers, time.perf_counter() - begin, lm.weight_bytes, largest)
-    rank.held[key] = shard
+    shard = Shard(lm, stage, place["data"], answers, time.perf_counter() - begin, lm.weight_bytes, largest)
+    rank.kept[key] = shard
     return shard
 
 

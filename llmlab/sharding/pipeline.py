@@ -11,12 +11,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MethodType
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IN_FLIGHT = 2  # sends that are not waited for
+Batch = dict[str, Any]  # keyword arguments of a model's forward pass, `input_ids` and `logits_to_keep` among them
 
 
 @dataclass
@@ -34,7 +40,7 @@ class Stage:
     index: int
     size: int
     ranks: list[int]
-    group: Any
+    group: dist.ProcessGroup
     busy: list[tuple[float, float]] = field(default_factory=list)
     bytes_sent: int = 0
 
@@ -69,12 +75,12 @@ def stage_layers(layers: int, stages: int, head: float = 0.0) -> list[tuple[int,
 class NoPositions(torch.nn.Module):
     """In the place of OPT's learned positions on every stage but the first."""
 
-    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
+    def forward(self, *_: object, **__: object) -> torch.Tensor:
         """Nothing to add."""
         return torch.zeros(1, dtype=torch.uint8)  # moves to any device, adds to any dtype
 
 
-def attach(model: Any, stage: Stage) -> None:
+def attach(model: PreTrainedModel, stage: Stage) -> None:
     """Make a model that holds this stage's layers alone compute as one of the pipeline."""
     body = getattr(model.base_model, "decoder", model.base_model)
     if not stage.first:
@@ -85,110 +91,97 @@ def attach(model: Any, stage: Stage) -> None:
         for name in ("norm", "final_layer_norm", "project_out"):
             if getattr(body, name, None) is not None:
                 setattr(body, name, None if name != "norm" else torch.nn.Identity())
-    model.stage = stage
-    model.forward = MethodType(_forward, model)
+    model.forward = partial(_forward, model, stage)
 
 
-def _forward(model: Any, input_ids: torch.Tensor, logits_to_keep: int | torch.Tensor = 0, **kwargs: Any) -> Any:
+def _forward(
+    model: PreTrainedModel, stage: Stage, input_ids: torch.Tensor, logits_to_keep: int | torch.Tensor = 0, **kwargs: Any
+) -> CausalLMOutputWithPast:
     """The whole model's forward pass, on every rank of the pipeline."""
-    stage: Stage = model.stage
-    hidden = None if stage.first else _receive(model, input_ids.shape)
-    output = compute(model, input_ids, hidden, logits_to_keep, kwargs)
+    batch = {"input_ids": input_ids, "logits_to_keep": logits_to_keep, **kwargs}
+    finished: list[torch.Tensor] = []
+    stream(model, stage, [batch], lambda _, logits: finished.append(logits))
     if not stage.last:
-        stage.bytes_sent += output.nbytes
-        dist.send(output, stage.ranks[stage.index + 1], group=stage.group)
-        kept = _kept(input_ids.shape[1], logits_to_keep)
-        output = torch.empty(len(input_ids), kept, model.config.vocab_size, dtype=model.dtype, device=model.device)
-    else:
-        stage.bytes_sent += output.nbytes * (stage.size - 1)
-        output = output.contiguous()
+        kept = len(logits_to_keep) if isinstance(logits_to_keep, torch.Tensor) else logits_to_keep or input_ids.shape[1]
+        finished.append(_empty(model, len(input_ids), kept, model.config.vocab_size))
     if stage.size > 1:
-        dist.broadcast(output, stage.ranks[-1], group=stage.group)
-    return CausalLMOutputWithPast(logits=output, past_key_values=kwargs.get("past_key_values"))
+        dist.broadcast(finished[0], stage.ranks[-1], group=stage.group)
+    if stage.last:
+        stage.bytes_sent += finished[0].nbytes * (stage.size - 1)
+    return CausalLMOutputWithPast(logits=finished[0], past_key_values=kwargs.get("past_key_values"))
 
 
-def compute(
-    model: Any, input_ids: torch.Tensor, hidden: torch.Tensor | None, logits_to_keep: Any, kwargs: dict[str, Any]
-) -> torch.Tensor:
-    """This stage's share: hidden states [batch, tokens, hidden]; on the last stage logits [batch, kept, vocabulary]."""
-    begin = time.monotonic()
-    entry = {"input_ids": input_ids} if hidden is None else {"inputs_embeds": hidden}
-    output: torch.Tensor = model.base_model(**entry, **kwargs).last_hidden_state
-    if model.stage.last:
-        where = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        output = model.get_output_embeddings()(output[:, slice(None) if isinstance(where, int) else where])
-    if output.is_cuda:
-        torch.cuda.synchronize()
-    model.stage.busy.append((begin, time.monotonic()))
-    return output.contiguous()
-
-
-def _kept(tokens: int, logits_to_keep: int | torch.Tensor) -> int:
-    if isinstance(logits_to_keep, torch.Tensor):
-        return len(logits_to_keep)
-    return logits_to_keep or tokens
-
-
-def _receive(model: Any, shape: torch.Size) -> torch.Tensor:
-    hidden = torch.empty(*shape, model.config.hidden_size, dtype=model.dtype, device=model.device)
-    dist.recv(hidden, model.stage.ranks[model.stage.index - 1], group=model.stage.group)
-    return hidden
-
-
-@torch.inference_mode()
 def stream(
-    model: Any,
-    batches: list[dict[str, Any]],
+    model: PreTrainedModel,
+    stage: Stage,
+    batches: list[Batch],
     finish: Callable[[int, torch.Tensor], None],
     *,
     naive: bool = False,
-    ahead: int = 2,
 ) -> None:
     """Send batches through the pipeline, each stage working on another one.
 
     Every rank of the pipeline calls it with the same batches. Receives are posted one batch ahead and sends are not
-    waited for until `ahead` of them are on their way, so that transfers overlap computation.
+    waited for until IN_FLIGHT of them are on their way, so that transfers overlap computation.
 
     Args:
         model: prepared by `attach`.
-        batches: keyword arguments of the model's forward pass, `input_ids` and `logits_to_keep` among them.
+        stage: this rank's.
+        batches: what the model is asked, one after the other.
         finish: called on the last stage with each batch's number and logits, in order.
         naive: let a batch in only when the one before it has left, as accelerate's device_map runs.
-        ahead: sends in flight.
     """
-    stage: Stage = model.stage
-    sending: list[tuple[Any, torch.Tensor]] = []
-    token = torch.zeros(1, device=model.device)
-    coming = _post(model, batches, 0)
+    naive = naive and stage.size > 1
+    sending: list[tuple[dist.Work, torch.Tensor]] = []
+    coming = _receive(model, stage, batches[:1])
     for number, batch in enumerate(batches):
-        kwargs = dict(batch)
-        input_ids, keep = kwargs.pop("input_ids"), kwargs.pop("logits_to_keep")
-        hidden = None
-        if naive and stage.size > 1 and number and stage.first:
-            dist.recv(token, stage.ranks[-1], group=stage.group)
+        if naive and number and stage.first:
+            dist.recv(_empty(model, 1), stage.ranks[-1], group=stage.group)
+        hidden_states = None
         if coming is not None:
-            work, hidden = coming
+            work, hidden_states = coming
             work.wait()
-            coming = _post(model, batches, number + 1)
-        output = compute(model, input_ids, hidden, keep, kwargs)
+            coming = _receive(model, stage, batches[number + 1 : number + 2])
+        output = _compute(model, stage, batch, hidden_states)
         if stage.last:
             finish(number, output)
             stage.busy[-1] = (stage.busy[-1][0], time.monotonic())  # what becomes of the logits is work, too
-            if naive and stage.size > 1 and number + 1 < len(batches):
-                dist.send(token, stage.ranks[0], group=stage.group)
+            if naive and number + 1 < len(batches):
+                dist.send(_empty(model, 1), stage.ranks[0], group=stage.group)  # the word that a batch has left
             continue
         stage.bytes_sent += output.nbytes
-        sending.append((dist.isend(output, stage.ranks[stage.index + 1], group=stage.group), output))
-        while len(sending) > ahead:
+        if work := dist.isend(output, stage.ranks[stage.index + 1], group=stage.group):
+            sending.append((work, output))
+        while len(sending) > IN_FLIGHT:
             sending.pop(0)[0].wait()
     for work, _ in sending:
         work.wait()
 
 
-def _post(model: Any, batches: list[dict[str, Any]], number: int) -> tuple[Any, torch.Tensor] | None:
-    stage: Stage = model.stage
-    if stage.first or number >= len(batches):
+def _receive(model: PreTrainedModel, stage: Stage, batches: list[Batch]) -> tuple[dist.Work, torch.Tensor] | None:
+    """Begin to receive the hidden states of a batch, if there is one and a stage before this one."""
+    if stage.first or not batches:
         return None
-    shape = batches[number]["input_ids"].shape
-    hidden = torch.empty(*shape, model.config.hidden_size, dtype=model.dtype, device=model.device)
-    return dist.irecv(hidden, stage.ranks[stage.index - 1], group=stage.group), hidden
+    hidden_states = _empty(model, *batches[0]["input_ids"].shape, model.config.hidden_size)
+    work = dist.irecv(hidden_states, stage.ranks[stage.index - 1], group=stage.group)
+    return (work, hidden_states) if work else None
+
+
+def _compute(model: PreTrainedModel, stage: Stage, batch: Batch, hidden_states: torch.Tensor | None) -> torch.Tensor:
+    """This stage's share: hidden states [batch, tokens, hidden]; on the last stage logits [batch, kept, vocabulary]."""
+    begin = time.monotonic()
+    kwargs = dict(batch)
+    input_ids, keep = kwargs.pop("input_ids"), kwargs.pop("logits_to_keep")
+    entry = {"input_ids": input_ids} if hidden_states is None else {"inputs_embeds": hidden_states}
+    output: torch.Tensor = model.base_model(**entry, **kwargs).last_hidden_state
+    if stage.last:
+        where = slice(-keep or None, None) if isinstance(keep, int) else keep
+        output = model.get_output_embeddings()(output[:, where])
+    if output.is_cuda:
+        torch.cuda.synchronize()
+    stage.busy.append((begin, time.monotonic()))
+    return output.contiguous()
+
+
+def _empty(model: PreTrainedModel, *shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=model.dtype, device=model.device)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import pandas as pd
 
 from llmlab.base.errors import InputError
+from llmlab.data import FULL_SET
 from llmlab.model.card import ModelCard
-from llmlab.sharding.predict import FULL_SET, MOST_MFU, Prediction, predict
+from llmlab.sharding.cuts import Cuts, all_cuts
+from llmlab.sharding.predict import MOST_MFU, Device, Prediction, Workload, predict
 from llmlab.sharding.predict import device as find_device
 from llmlab.sharding.predict import workload as find_workload
 
@@ -19,29 +20,20 @@ RESERVE = 2**30  # CUDA context, library workspaces and what the allocator canno
 BITS = (16, 8, 4, 3, 2)
 
 
-@dataclass(frozen=True)
-class Layout:
+@dataclass(frozen=True, kw_only=True)
+class Layout(Cuts):
     """One way to spread a model over devices; bytes are those of the fullest device.
 
     `data` replicas, each cut into `pipeline` stages of whole layers, each layer cut `tensor` ways. `problem` says why
     the layout cannot be used; None means it fits.
     """
 
-    data: int
-    tensor: int
-    pipeline: int
     weights: int
     kv_cache: int
     activations: int
-    reserve: int
-    problem: str | None
+    reserve: int = RESERVE
+    problem: str | None = None
     predicted: Prediction | None = None
-
-    @property
-    def name(self) -> str:
-        """Such as "data 2 x tensor 2"; parts of 1 are left out."""
-        parts = {"data": self.data, "tensor": self.tensor, "pipeline": self.pipeline}
-        return " x ".join(f"{part} {size}" for part, size in parts.items() if size > 1) or "one device"
 
     @property
     def bytes(self) -> int:
@@ -96,18 +88,16 @@ class Plan:
         """A row per layout with GiB of the fullest device by part."""
         rows = []
         for layout in self.layouts:
-            parts = {
-                part: getattr(layout, part) / 2**30
-                for part in ("weights", "kv_cache", "activations", "reserve", "bytes")
-            }
-            costs: dict[str, float | str] = {}
+            parts = ("weights", "kv_cache", "activations", "reserve", "bytes")
+            row: dict[str, object] = {"layout": layout.name}
+            row |= {part: getattr(layout, part) / 2**30 for part in parts}
             if self.assumptions:
-                found = layout.predicted
-                costs["seconds"] = found.seconds if found else ""
-                costs["MFU"] = f"{found.mfu:.0%}" if found else ""
-                costs["bubble"] = f"{found.bubble:.1%}" if found else ""
-                costs["GB moved"] = found.bytes_moved / 1e9 if found else ""
-            rows.append({"layout": layout.name, **parts, **costs, "verdict": layout.problem or "fits"})
+                costs = layout.predicted
+                row["seconds"] = costs.seconds if costs else ""
+                row["MFU"] = f"{costs.mfu:.0%}" if costs else ""
+                row["bubble"] = f"{costs.bubble:.1%}" if costs else ""
+                row["GB moved"] = costs.bytes_moved / 1e9 if costs else ""
+            rows.append(row | {"verdict": layout.problem or "fits"})
         return pd.DataFrame(rows).rename(columns={"bytes": "needed", "kv_cache": "KV cache"})
 
     def __str__(self) -> str:
@@ -118,7 +108,7 @@ class Plan:
         """The table, for notebooks; its caption says what was planned."""
         return str(self.table().style.format(precision=2).hide(axis="index").set_caption(self.title).to_html())
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Everything, ready for JSON."""
         layouts = [
             asdict(layout) | {"name": layout.name, "bytes": layout.bytes, "fits": layout.fits}
@@ -170,10 +160,24 @@ def plan(
     on = find_device(device) if device else None
     if workload and not on:
         raise InputError("a workload needs a device: give device='v100' or another one of devices.json.")
+    context = min(2048, card.context_length) if context is None else context
+    _check(card, devices, bits, batch, context, mfu)
+    memory = parse_bytes(memory or (on.memory if on else "32GiB"))
+    layouts = [_layout(card, cuts, memory, bits, batch * context) for cuts in all_cuts(devices)]
+    layouts.sort(key=lambda x: (not x.fits, -x.data, -x.pipeline) if x.fits else (True, x.bytes, 0))
+    if on is None or workload is None:
+        return Plan(card, devices, memory, bits, batch, context, layouts)
+    job = find_workload(workload, batch, context)
+    layouts = [replace(x, predicted=predict(card, x, on, job, bits=bits, mfu=mfu)) if x.fits else x for x in layouts]
+    layouts.sort(key=lambda x: (not x.fits, x.predicted.seconds if x.predicted else 0.0))
+    assumptions = _assumptions(on, job, batch, min(mfu, MOST_MFU))
+    return Plan(card, devices, memory, bits, batch, context, layouts, assumptions)
+
+
+def _check(card: ModelCard, devices: int, bits: int, batch: int, context: int, mfu: float) -> None:
+    """Raise InputError for a number that makes no sense."""
     if not 0 < mfu <= 1:
         raise InputError(f"MFU {mfu}: give a share above 0 and at most 1.")
-    bytes_each = parse_bytes(memory or (on.memory if on else "32GiB"))
-    context = min(2048, card.context_length) if context is None else context
     if not 1 <= devices <= 4096:
         raise InputError(f"{devices} devices: give a number from 1 to 4096.")
     if bits not in BITS:
@@ -182,32 +186,17 @@ def plan(
         raise InputError(
             f"batch {batch} x context {context}: give positive numbers, the context at most {card.context_length}."
         )
-    layouts = []
-    for data in _divisors(devices):
-        for tensor in _divisors(devices // data):
-            pipeline = devices // data // tensor
-            layouts.append(_layout(card, (data, tensor, pipeline), bytes_each, bits, batch * context))
-    layouts.sort(key=lambda x: (not x.fits, -x.data, -x.pipeline) if x.fits else (True, x.bytes, 0))
-    if on is None or workload is None:
-        return Plan(card, devices, bytes_each, bits, batch, context, layouts)
-    job = find_workload(workload, batch, context)
-    layouts = [
-        replace(x, predicted=predict(card, (x.data, x.tensor, x.pipeline), on, job, bits=bits, mfu=mfu))
-        if x.fits
-        else x
-        for x in layouts
-    ]
-    layouts.sort(key=lambda x: (not x.fits, x.predicted.seconds if x.predicted else 0.0))
-    assumed = min(mfu, MOST_MFU)
-    if workload == "decode":
-        what = f"one step of {batch} sequences a replica; {assumed:.0%} of {on.bandwidth / 1e9:,.0f} GB/s"
+
+
+def _assumptions(on: Device, job: Workload, batch: int, mfu: float) -> str:
+    if job.name == "decode":
+        what = f"one step of {batch} sequences a replica; {mfu:.0%} of {on.bandwidth / 1e9:,.0f} GB/s"
     else:
-        what = f"{job.nodes:,} tokens ({FULL_SET:,} questions, shared prefixes)"
-        what += f"; {assumed:.0%} of {on.flops / 1e12:g} TFLOP/s"
-    notes = (
-        f"assumed: {what} on a busy {on.name}; links {on.link / 1e9:g} GB/s one way, {on.latency * 1e6:g} µs a message"
-    )
-    return Plan(card, devices, bytes_each, bits, batch, context, layouts, f"{notes} ({on.source})")
+        what = (
+            f"{job.nodes:,} tokens ({FULL_SET:,} questions, shared prefixes); {mfu:.0%} of {on.flops / 1e12:g} TFLOP/s"
+        )
+    link = f"links {on.link / 1e9:g} GB/s one way, {on.latency * 1e6:g} µs a message"
+    return f"assumed: {what} on a busy {on.name}; {link} ({on.source})"
 
 
 def parse_bytes(text: str | int) -> int:
@@ -219,43 +208,26 @@ def parse_bytes(text: str | int) -> int:
     return int(float(match.group(1)) * UNITS[unit])
 
 
-def _layout(card: ModelCard, cuts: tuple[int, int, int], memory: int, bits: int, tokens: int) -> Layout:
-    data, tensor, pipeline = cuts
-    stage_layers = -(-card.layers // pipeline)
+def _layout(card: ModelCard, cuts: Cuts, memory: int, bits: int, tokens: int) -> Layout:
+    """What the fullest device holds, and whether it has the memory for it."""
     # Heads are cut in whole KV groups, so the fullest rank may hold more than its share: an upper bound, as the MLP is
     # cut evenly.
-    share = stage_layers / card.layers * -(-card.kv_heads // tensor) / card.kv_heads
+    share = -(-card.layers // cuts.pipeline) / card.layers * -(-card.kv_heads // cuts.tensor) / card.kv_heads
     # Embedding and head (one matrix when tied) sit on the first and the last stage, cut over the tensor ranks.
-    head = 2 * card.head_parameters / tensor
-    embedding = 2 * (card.parameters - card.linear_parameters - (0 if card.tied else card.head_parameters)) / tensor
-    ends = max(embedding, head) if pipeline > 1 else embedding + (0 if card.tied else head)
-    matrices = card.weight_bytes(bits) - 2 * (card.parameters - card.linear_parameters)
-    kv_cut = share
-    kv_bytes_per_token = 2 * card.layers * card.kv_heads * card.head_dim * 2
-    width = 3 * card.hidden_size + (2 * card.intermediate_size + 3 * card.heads * card.head_dim) / tensor
+    rest = card.parameters - card.linear_parameters
+    head = 2 * card.head_parameters / cuts.tensor
+    embedding = 2 * (rest - (0 if card.tied else card.head_parameters)) / cuts.tensor
+    ends = max(embedding, head) if cuts.pipeline > 1 else embedding + (0 if card.tied else head)
+    width = 3 * card.hidden_size + (2 * card.intermediate_size + 3 * card.heads * card.head_dim) / cuts.tensor
     layout = Layout(
-        data,
-        tensor,
-        pipeline,
-        weights=round(matrices * share + ends),
-        kv_cache=round(tokens * kv_bytes_per_token * kv_cut),
+        cuts.data,
+        cuts.tensor,
+        cuts.pipeline,
+        weights=round((card.weight_bytes(bits) - 2 * rest) * share + ends),
+        kv_cache=round(tokens * 2 * card.layers * card.kv_heads * card.head_dim * 2 * share),
         activations=round(2 * tokens * width),
-        reserve=RESERVE,
-        problem=None,
     )
-    problem = _problem(card, tensor, pipeline)
+    problem = cuts.misfit(card.layers, card.kv_heads)
     if problem is None and layout.bytes > memory:
         problem = f"needs {layout.bytes / 2**30:.1f} GiB a device, has {memory / 2**30:.1f}"
-    return Layout(**{**asdict(layout), "problem": problem})
-
-
-def _problem(card: ModelCard, tensor: int, pipeline: int) -> str | None:
-    if tensor > card.kv_heads:  # whole groups of query heads and their KV head stay on one rank
-        return f"cannot cut {card.kv_heads} KV heads {tensor} ways; tensor {card.kv_heads} is the most"
-    if pipeline > card.layers:
-        return f"has {pipeline} stages for {card.layers} layers"
-    return None
-
-
-def _divisors(n: int) -> list[int]:
-    return [k for k in range(1, n + 1) if n % k == 0]
+    return replace(layout, problem=problem)

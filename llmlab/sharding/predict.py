@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmlab.base.errors import InputError
+from llmlab.data import ENDING_TOKENS, FULL_SET, QUESTION_TOKENS
 from llmlab.model.card import ModelCard
+from llmlab.sharding.cuts import Cuts
 from llmlab.sharding.pipeline import stage_layers
 
 DEVICES: dict[str, dict[str, float | str]] = json.loads((Path(__file__).parent / "devices.json").read_text())
-FULL_SET = 10_042  # questions of HellaSwag's validation set
-# Mean tokens of a question and of an ending with LLaMA's tokenizer (dongwonjo.github.io/portfolio/cechallenge).
-QUESTION, ENDING, ENDINGS = 56, 33, 4
 MOST_MFU = 0.7  # no projection assumes more of a busy device, whatever was measured here
 
 
@@ -78,16 +77,16 @@ def device(name: str) -> Device:
 def workload(name: str, batch: int = 1, context: int = 512) -> Workload:
     """ "hellaswag": the full set, shared prefixes. "decode": one step of `batch` sequences after `context` tokens."""
     if name == "hellaswag":
-        ending = ENDING - 1  # an ending's last token predicts nothing that is asked for
-        nodes = FULL_SET * (1 + QUESTION + ENDINGS * ending)  # with the BOS token
-        return Workload(name, nodes, FULL_SET * (1 + ENDINGS * ending), QUESTION)
+        endings = 4 * (ENDING_TOKENS.mean - 1)  # an ending's last token predicts nothing that is asked for
+        nodes = FULL_SET * (1 + QUESTION_TOKENS.mean + endings)  # with the BOS token
+        return Workload(name, nodes, FULL_SET * (1 + endings), QUESTION_TOKENS.mean)
     if name == "decode":
         return Workload(name, batch, batch, context, per_pass=batch)
     raise InputError(f"unknown workload {name!r}: choose hellaswag or decode.")
 
 
 def predict(
-    card: ModelCard, cuts: tuple[int, int, int], on: Device, job: Workload, *, bits: int = 16, mfu: float = MOST_MFU
+    card: ModelCard, cuts: Cuts, on: Device, job: Workload, *, bits: int = 16, mfu: float = MOST_MFU
 ) -> Prediction:
     """Seconds of a job.
 
@@ -99,39 +98,37 @@ def predict(
 
     Args:
         card: the model.
-        cuts: data, tensor, pipeline.
+        cuts: the layout.
         on: the device.
         job: what is computed.
         bits: of the weights, for decoding.
         mfu: share of the peak (scoring) or of the bandwidth (decoding) that one busy device reaches.
     """
-    data, tensor, stages = cuts
+    tensor, stages, decode = cuts.tensor, cuts.pipeline, job.name == "decode"
     mfu = min(mfu, MOST_MFU)
     layer_flops = 2 * card.linear_parameters / card.layers + 4 * card.heads * card.head_dim * (job.attended + 1)
+    # Of one replica: scoring shares its nodes out, decoding gives each replica a batch of its own.
+    nodes = job.nodes if decode else job.nodes / cuts.data
+    passes = 1 if decode else max(1, round(nodes / job.per_pass))
     flops = job.nodes * card.layers * layer_flops + 2 * job.asked * card.head_parameters
+    flops *= cuts.data if decode else 1
     hidden_bytes = 2 * card.hidden_size
-    passes = max(1, round(job.nodes / data / job.per_pass)) if job.name != "decode" else 1
-    nodes = job.nodes / data if job.name != "decode" else job.nodes
     ring = 2 * (tensor - 1) / tensor
     reduced = 2 * card.layers * nodes * hidden_bytes * ring  # bytes a tensor rank sends, over all its stages
+    moved = cuts.data * (tensor * reduced + (stages - 1) * nodes * hidden_bytes)
     wires = 0.0
     if tensor > 1:
         wires = reduced / stages / on.link + 2 * card.layers / stages * passes * ring * tensor * on.latency
-    sent = (stages - 1) * nodes * hidden_bytes
-    if job.name == "decode":
+    if decode:
         read = card.weight_bytes(bits) / tensor + nodes * job.attended * card.kv_bytes_per_token / tensor
         seconds = read / (on.bandwidth * mfu) + stages * wires + (stages - 1) * on.latency
-        return Prediction(
-            seconds, data * flops, data * (tensor * reduced + sent), (stages - 1) / stages,
-            data * flops / (data * tensor * stages * on.flops * seconds),
-        )  # fmt: skip
-    head = job.asked / job.nodes * 2 * card.head_parameters / layer_flops  # the head's cost in layers
-    bounds = stage_layers(card.layers, stages, head)
-    slowest = max(end - first + (head if end == card.layers else 0) for first, end in bounds)
-    busy = nodes * slowest * layer_flops / (tensor * on.flops * mfu) + wires
-    seconds = busy * (passes + stages - 1) / passes
-    mean = (nodes * (card.layers + head) * layer_flops / stages) / (tensor * on.flops * mfu) + wires
-    devices = data * tensor * stages
-    return Prediction(
-        seconds, flops, data * (tensor * reduced + sent), 1 - mean / seconds, flops / (devices * on.flops * seconds)
-    )
+        bubble = (stages - 1) / stages
+    else:
+        head = job.asked / job.nodes * 2 * card.head_parameters / layer_flops  # the head's cost in layers
+        slowest = max(
+            end - first + (head if end == card.layers else 0) for first, end in stage_layers(card.layers, stages, head)
+        )
+        layer_seconds = nodes * layer_flops / (tensor * on.flops * mfu)
+        seconds = (slowest * layer_seconds + wires) * (passes + stages - 1) / passes
+        bubble = 1 - ((card.layers + head) / stages * layer_seconds + wires) / seconds
+    return Prediction(seconds, flops, moved, bubble, flops / (cuts.ranks * on.flops * seconds))

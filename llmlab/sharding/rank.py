@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import os
 import sys
 import threading
@@ -11,7 +12,6 @@ import traceback
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,13 +28,13 @@ class Rank:
         index: 0 .. size - 1.
         size: number of ranks.
         device: where this rank computes.
-        held: what is kept between calls, such as a loaded shard.
+        kept: what is kept between calls, such as a loaded shard.
     """
 
     index: int
     size: int
     device: torch.device
-    held: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, object] = field(default_factory=dict)
     connection: Connection | None = None
 
     def progress(self, done: int, total: int, what: str, unit: str) -> None:
@@ -43,20 +43,20 @@ class Rank:
             self.connection.send(("progress", done, total, what, unit))
 
 
-def join(settings: dict[str, Any], connection: Connection | None = None) -> Rank:
+def join(index: int, size: int, device: str, port: int, timeout: float, connection: Connection | None = None) -> Rank:
     """Meet the other ranks at the parent's store."""
-    index, size, kind = settings["index"], settings["size"], settings["device"]
-    device = torch.device("cuda", index) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(device)
+    on_gpu = device == "cuda"
+    own = torch.device("cuda", index) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(own)
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // size))
-    timeout = timedelta(seconds=settings["timeout"])
-    store = TCPStore("127.0.0.1", settings["port"], is_master=False, timeout=timeout)
-    backend = "nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=index, world_size=size, timeout=timeout)
-    return Rank(index, size, device, connection=connection)
+    patience = timedelta(seconds=timeout)
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=patience)
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=index, world_size=size, timeout=patience)
+    return Rank(index, size, own, connection=connection)
 
 
 def _leave_with_parent(parent: int) -> None:
@@ -75,10 +75,8 @@ def main() -> None:
     while (request := connection.recv()) is not None:
         module, name, args, kwargs = request
         try:
-            rank = rank or join(settings, connection)
-            function: Any = importlib.import_module(module)
-            for part in name.split("."):
-                function = getattr(function, part)
+            rank = rank or join(**settings, connection=connection)
+            function = operator.attrgetter(name)(importlib.import_module(module))
             connection.send(("result", function(rank, *args, **kwargs)))
         except InputError as error:
             connection.send(("input", time.monotonic(), str(error)))

@@ -13,13 +13,17 @@ mechanism for both, and a decode step pays for nothing else.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from llmlab.base.errors import InputError
 from llmlab.model.lm import decoder_layers
+from llmlab.sharding.pipeline import Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 QUERIES, KEYS = ("q_proj",), ("k_proj", "v_proj")
 COLUMNS = ("gate_proj", "up_proj", "fc1")
@@ -41,7 +45,7 @@ class Cut:
         return self.index * units // self.size * unit, (self.index + 1) * units // self.size * unit
 
 
-def part_of(linear: str, config: Any, cut: Cut) -> tuple[int, tuple[int, int]]:
+def part_of(linear: str, config: PreTrainedConfig, cut: Cut) -> tuple[int, tuple[int, int]]:
     """Which dimension of a Linear's weight [out, in] is cut (0: by outputs, 1: by inputs), and this rank's part of it.
 
     Whole groups of query heads with their KV head stay together; the last groups may make some ranks larger.
@@ -65,7 +69,7 @@ def part_of(linear: str, config: Any, cut: Cut) -> tuple[int, tuple[int, int]]:
 class VocabularyEmbedding(torch.nn.Module):
     """Rows `first` .. of an embedding; rows of other ranks come in by the all-reduce."""
 
-    def __init__(self, weight: torch.nn.Parameter, first: int, group: Any) -> None:
+    def __init__(self, weight: torch.nn.Parameter, first: int, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.weight, self.first, self.group = weight, first, group
 
@@ -82,7 +86,7 @@ class VocabularyEmbedding(torch.nn.Module):
 class VocabularyHead(torch.nn.Module):
     """The output head's rows of this rank; logits [..., part] are gathered to [..., vocabulary]."""
 
-    def __init__(self, weight: torch.nn.Parameter, vocab_size: int, cut: Cut, group: Any) -> None:
+    def __init__(self, weight: torch.nn.Parameter, vocab_size: int, cut: Cut, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.weight, self.vocab_size, self.cut, self.group = weight, vocab_size, cut, group
 
@@ -97,21 +101,21 @@ class VocabularyHead(torch.nn.Module):
         return torch.cat([part[..., : end - first] for part, (first, end) in zip(parts, bounds, strict=True)], dim=-1)
 
 
-def attach(model: Any, cut: Cut, group: Any) -> None:
+def attach(model: PreTrainedModel, cut: Cut, group: dist.ProcessGroup, stage: Stage) -> None:
     """Make a model whose layers hold their parts compute the whole: all-reduces, and the head counts of this rank.
 
-    What the all-reduces send is counted on `model.stage` (see `pipeline.attach`).
+    What the all-reduces send is counted in `stage`.
     """
     config = model.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     first, end = cut.of(kv_heads)
 
-    def add_up(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def add_up(module: torch.nn.Module, args: tuple[object, ...], output: torch.Tensor) -> torch.Tensor:
         output = output.contiguous()
         dist.all_reduce(output, group=group)
         # A ring sends 2 (t - 1) / t of the tensor from each rank (Patarasuk and Yuan 2009).
-        model.stage.bytes_sent += 2 * (cut.size - 1) * output.nbytes // cut.size
+        stage.bytes_sent += 2 * (cut.size - 1) * output.nbytes // cut.size
         return output
 
     for layer in decoder_layers(model)[1]:

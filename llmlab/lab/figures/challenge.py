@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from llmlab.data import FULL_SET
 from llmlab.lab.figures.common import BLUE, GREY, ORANGE, style
 from llmlab.lab.figures.drawable import drawable
 from llmlab.model.load import model_card
@@ -107,7 +108,7 @@ def beside_leaderboard(rows: pd.DataFrame, title: str, limit: tuple[float, str] 
         axes.set_yticks(range(len(rows)), [drawable(str(name)) for name in rows["name"]])
         axes.set_ylim(-0.6, len(rows) + (0.3 if limit else -0.4))
         axes.set_xlim(0, end * 1.02)
-        axes.set_xlabel(f"seconds for {BOARD['questions']:,} questions (x: baseline over it)")
+        axes.set_xlabel(f"seconds for {FULL_SET:,} questions (x: baseline over it)")
         axes.grid(axis="y", visible=False)
         present = [kind for kind in KINDS if kind in set(rows["kind"])]
         handles = [_key(kind) for kind in present]

@@ -1,0 +1,169 @@
+"""What each rank does of a job: its part of scoring, generating or quantizing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llmlab.base.errors import InputError
+from llmlab.data import Question
+from llmlab.decoding.generate import generate
+from llmlab.decoding.result import GenerateResult
+from llmlab.kernels.packing import Quantized
+from llmlab.kernels.plain import fastest_matmuls
+from llmlab.model.layerwise import stream
+from llmlab.quantization.gptq import Factor, gptq, relative_error
+from llmlab.quantization.grid import Scheme
+from llmlab.quantization.walk import Report, calibration_rows, quantize
+from llmlab.scoring.attention import tries_attend
+from llmlab.scoring.encode import Sequence, encode
+from llmlab.scoring.shared import Totals, passes
+from llmlab.scoring.trie import Trie, question_tries
+from llmlab.sharding import pipeline
+from llmlab.sharding.cuts import Cuts
+from llmlab.sharding.load import Shard, load_shard
+from llmlab.sharding.rank import Rank
+
+Options = dict[str, Any]  # of `llmlab.generate`
+NODES = {"cpu": 256, "cuda": 4096}  # of a pass: small enough that a pipeline fills
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the ranks work with: a model, how it is cut over them, and the dtype of its activations."""
+
+    model: str
+    cuts: Cuts
+    dtype: str
+
+    def load(self, rank: Rank) -> Shard:
+        """This rank's part of the model; kept between calls."""
+        return load_shard(rank, self.model, self.cuts, self.dtype)
+
+
+@dataclass(frozen=True)
+class ScoredPart:
+    """What one rank reports of a scoring job.
+
+    Attributes:
+        log_probs: sequence number -> log-probability, on ranks that answer for their replica; empty elsewhere.
+        sequences: all sequences, from rank 0 alone.
+        nodes: of each pass of this replica.
+        asked: positions at which the replica's output head worked.
+        seconds: from the common start to this rank's end.
+        busy: (start, end) of each computation, seconds after the common start.
+        bytes_sent: by the pipeline.
+        weight_bytes: of this rank's part of the model.
+    """
+
+    log_probs: dict[int, float]
+    sequences: list[Sequence]
+    nodes: list[int]
+    asked: int
+    seconds: float
+    busy: list[tuple[float, float]]
+    bytes_sent: int
+    weight_bytes: int
+
+
+@torch.inference_mode()
+def score_part(
+    rank: Rank, job: Job, questions: list[Question], schedule: str = "micro-batches", nodes: int | None = None
+) -> ScoredPart:
+    """This rank's part of a scoring job: shared-prefix scoring of its replica's questions."""
+    shard = job.load(rank)
+    lm, stage = shard.lm, shard.stage
+    sequences = encode(lm, questions)
+    tries = _share(question_tries(sequences), job.cuts.data)[shard.data]
+    batches = list(passes(lm, tries, nodes or NODES[rank.device.type]))
+    totals = Totals(sequences, lm.dtype)
+
+    def finish(number: int, logits: torch.Tensor) -> None:
+        totals.add(batches[number], logits[0])
+        if shard.answers and shard.data == 0:
+            rank.progress(number + 1, len(batches), f"scoring, {job.cuts.name}", "pass")
+
+    stage.busy, stage.bytes_sent = [], 0
+    with tries_attend(lm), fastest_matmuls(lm.model):
+        dist.barrier()
+        begin = time.monotonic()
+        pipeline.stream(lm.model, stage, [batch.model for batch in batches], finish, naive=schedule == "naive")
+        seconds = time.monotonic() - begin
+    numbers = {number for trie in tries for _, _, number in trie.scored} if shard.answers else set()
+    return ScoredPart(
+        log_probs={number: totals.log_probs[number] for number in numbers},
+        sequences=sequences if rank.index == 0 else [],
+        nodes=[batch.nodes for batch in batches],
+        asked=totals.asked,
+        seconds=seconds,
+        busy=[(start - begin, end - begin) for start, end in stage.busy],
+        bytes_sent=stage.bytes_sent,
+        weight_bytes=shard.weight_bytes,
+    )
+
+
+def _share(tries: list[Trie], replicas: int) -> list[list[Trie]]:
+    """Tries over replicas, the longest first to the one with the least nodes."""
+    parts: list[list[Trie]] = [[] for _ in range(replicas)]
+    sizes = [0] * replicas
+    for trie in sorted(tries, key=len, reverse=True):
+        least = sizes.index(min(sizes))
+        parts[least].append(trie)
+        sizes[least] += len(trie)
+    return parts
+
+
+def generate_part(rank: Rank, job: Job, prompts: list[str], options: Options) -> tuple[int, GenerateResult] | None:
+    """This rank's part of a generation: its replica's prompts, with the number of the replica; None from the others."""
+    shard = job.load(rank)
+    own = prompts[shard.data :: job.cuts.data]
+    result = generate(shard.lm, own, **options) if own else None
+    return (shard.data, result) if shard.answers and result else None
+
+
+def quantize_part(
+    rank: Rank, model: str, dtype: str, text: str, scheme: Scheme, rows: int, folder: str
+) -> dict[str, object]:
+    """GPTQ over ranks: calibration rows are split, Hessians added up, and each rank solves part of each matrix's rows.
+
+    Rows of W do not interact in GPTQ, so the parts together are what one rank finds; the Hessian differs by the order
+    of its sums.
+    """
+    lm, read_layer = stream(model, dtype=dtype, device=rank.device)
+    calibration = calibration_rows(lm, text, rows=rows)
+    if len(calibration) < rank.size:
+        raise InputError(f"{len(calibration)} calibration rows for {rank.size} ranks: give at least one a rank.")
+    report = Report()
+
+    def solve(weight: torch.Tensor, factor: Factor, scheme: Scheme) -> Quantized:
+        bounds = [len(weight) * i // rank.size for i in range(rank.size + 1)]
+        part = gptq(weight[bounds[rank.index] : bounds[rank.index + 1]], factor, scheme)
+        whole = [_gathered(t, bounds) for t in (part.codes, part.scales, part.zeros)]
+        result = Quantized(whole[0], whole[1], whole[2], part.g_idx)
+        result.error = relative_error(weight.float(), result, factor.hessian)
+        return result
+
+    own = calibration[rank.index :: rank.size]
+    dist.barrier()
+    quantized = quantize(
+        lm, scheme=scheme, calibration=own, read_layer=read_layer, report=report, reduce=dist.all_reduce, solve=solve
+    )
+    if rank.index == 0:
+        quantized.save(folder)
+    dist.barrier()
+    return {"seconds": report.seconds, "linears": report.linears, "tokens": int(calibration.numel())}
+
+
+def _gathered(part: torch.Tensor, bounds: list[int]) -> torch.Tensor:
+    """The whole of which every rank has rows bounds[rank] .. bounds[rank + 1]."""
+    sizes = [b - a for a, b in pairwise(bounds)]
+    padded = torch.zeros(max(sizes), *part.shape[1:], dtype=part.dtype, device=part.device)
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([p[:size] for p, size in zip(parts, sizes, strict=True)])
