@@ -24,7 +24,7 @@ from llmlab.quantization.walk import ROWS
 from llmlab.scoring.score import ScoreResult, summarize
 from llmlab.scoring.scores import Scores, Work
 from llmlab.sharding.cuts import Cuts
-from llmlab.sharding.launch import Group, Joined, Ranks
+from llmlab.sharding.launch import Joined, Ranks
 from llmlab.sharding.load import check_layout
 
 SCHEDULES = ("micro-batches", "naive")
@@ -42,7 +42,7 @@ class RankGroup:
             rank raised anything else, died or was killed: all ranks have ended then.
     """
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Ranks | Joined) -> None:
         self.group = group
         self.size, self.device, self.rank = group.size, group.device, group.index
         self.run = group.run

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, cast
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -36,22 +36,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Group(Protocol):
-    """Ranks, however the processes came to be; `index` is this process's own number, 0 where it started them."""
-
-    size: int
-    device: str
-    index: int
-
-    def run(self, function: Callable[Concatenate[Rank, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
-        """`function(rank, *args, **kwargs)` on every rank; the results by rank."""
-        ...
-
-    def close(self) -> None:
-        """End the ranks."""
-        ...
-
-
 class Failure(NamedTuple):
     """When a rank failed, which one, how ("death", "error", or "input" for an InputError), and what it says."""
 
@@ -62,7 +46,7 @@ class Failure(NamedTuple):
 
 
 class Ranks:
-    """Processes started from here.
+    """Processes started from here. `index` is this process's own number, 0: it is none of them.
 
     Raises:
         InputError: fewer than one rank, or more ranks than GPUs; ranks with different libraries.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,24 +91,25 @@ def attach(model: PreTrainedModel, stage: Stage) -> None:
         for name in ("norm", "final_layer_norm", "project_out"):
             if getattr(body, name, None) is not None:
                 setattr(body, name, None if name != "norm" else torch.nn.Identity())
-    model.forward = partial(_forward, model, stage)
 
+    def forward(
+        model: PreTrainedModel, input_ids: torch.Tensor, logits_to_keep: int | torch.Tensor = 0, **kwargs: Any
+    ) -> CausalLMOutputWithPast:
+        """The whole model's forward pass, on every rank of the pipeline."""
+        batch = {"input_ids": input_ids, "logits_to_keep": logits_to_keep, **kwargs}
+        finished: list[torch.Tensor] = []
+        stream(model, stage, [batch], lambda _, logits: finished.append(logits))
+        if not stage.last:
+            keep = logits_to_keep
+            kept = len(keep) if isinstance(keep, torch.Tensor) else keep or input_ids.shape[1]
+            finished.append(_empty(model, len(input_ids), kept, model.config.vocab_size))
+        if stage.size > 1:
+            dist.broadcast(finished[0], stage.ranks[-1], group=stage.group)
+        if stage.last:
+            stage.bytes_sent += finished[0].nbytes * (stage.size - 1)
+        return CausalLMOutputWithPast(logits=finished[0], past_key_values=kwargs.get("past_key_values"))
 
-def _forward(
-    model: PreTrainedModel, stage: Stage, input_ids: torch.Tensor, logits_to_keep: int | torch.Tensor = 0, **kwargs: Any
-) -> CausalLMOutputWithPast:
-    """The whole model's forward pass, on every rank of the pipeline."""
-    batch = {"input_ids": input_ids, "logits_to_keep": logits_to_keep, **kwargs}
-    finished: list[torch.Tensor] = []
-    stream(model, stage, [batch], lambda _, logits: finished.append(logits))
-    if not stage.last:
-        kept = len(logits_to_keep) if isinstance(logits_to_keep, torch.Tensor) else logits_to_keep or input_ids.shape[1]
-        finished.append(_empty(model, len(input_ids), kept, model.config.vocab_size))
-    if stage.size > 1:
-        dist.broadcast(finished[0], stage.ranks[-1], group=stage.group)
-    if stage.last:
-        stage.bytes_sent += finished[0].nbytes * (stage.size - 1)
-    return CausalLMOutputWithPast(logits=finished[0], past_key_values=kwargs.get("past_key_values"))
+    model.forward = MethodType(forward, model)  # bound, so that a copy of the model can bind it anew
 
 
 def stream(
@@ -150,8 +151,8 @@ def stream(
                 dist.send(_empty(model, 1), stage.ranks[0], group=stage.group)  # the word that a batch has left
             continue
         stage.bytes_sent += output.nbytes
-        if work := dist.isend(output, stage.ranks[stage.index + 1], group=stage.group):
-            sending.append((work, output))
+        if sent := dist.isend(output, stage.ranks[stage.index + 1], group=stage.group):
+            sending.append((sent, output))
         while len(sending) > IN_FLIGHT:
             sending.pop(0)[0].wait()
     for work, _ in sending:

@@ -73,41 +73,39 @@ def tasks(work: Sequence[Sequence[float]], schedule: str, ranks: int | None = No
         raise InputError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}.")
     stages = len(work[0])
     on = ranks if schedule == "interleaved" and ranks else stages
-    place = {(batch, stage): batch * stages + stage for batch in range(len(work)) for stage in range(stages)}
-    made = []
-    for batch, stage in place:
-        after: int | None = place[batch, stage - 1] if stage else None
-        if schedule == "naive" and stage == 0 and batch:
-            after = place[batch - 1, stages - 1]
-        made.append(Task(batch, stage, stage % on, work[batch][stage], after))
-    return made
+    planned = []
+    for index in range(len(work) * stages):
+        batch, stage = divmod(index, stages)
+        waits = stage > 0 or (schedule == "naive" and batch > 0)  # for the task before it in this list
+        planned.append(Task(batch, stage, stage % on, work[batch][stage], index - 1 if waits else None))
+    return planned
 
 
-def simulate(made: Sequence[Task], *, link: float = 0.0, cores: float | None = None) -> Timeline:
+def simulate(planned: Sequence[Task], *, link: float = 0.0, cores: float | None = None) -> Timeline:
     """Run tasks.
 
     Args:
-        made: from `tasks`, or your own; a rank takes the first of its own that is ready, in this order.
+        planned: from `tasks`, or your own; a rank takes the first of its own that is ready, in this order.
         link: seconds from the end of a task to the start of the one that needs its output on another rank.
         cores: how many tasks run at full speed side by side; more share them evenly. None: each rank has its own.
     """
-    ranks = 1 + max(task.rank for task in made)
-    ready_at: list[float | None] = [0.0 if task.after is None else None for task in made]
+    ranks = 1 + max(task.rank for task in planned)
+    ready_at: list[float | None] = [0.0 if task.after is None else None for task in planned]
     followers: dict[int, list[int]] = {}
-    for index, task in enumerate(made):
+    for index, task in enumerate(planned):
         if task.after is not None:
             followers.setdefault(task.after, []).append(index)
-    queues = [[i for i, task in enumerate(made) if task.rank == rank] for rank in range(ranks)]
+    queues = [[i for i, task in enumerate(planned) if task.rank == rank] for rank in range(ranks)]
     running: dict[int, tuple[int, float, float]] = {}  # rank -> (task, start, work left)
     spans: list[Span] = []
     now = 0.0
-    while len(spans) < len(made):
+    while len(spans) < len(planned):
         for rank, queue in enumerate(queues):
             if rank not in running:
                 able = [i for i in queue if (at := ready_at[i]) is not None and at <= now + 1e-12]
                 if able:
                     queue.remove(able[0])
-                    running[rank] = (able[0], now, made[able[0]].work)
+                    running[rank] = (able[0], now, planned[able[0]].work)
         rate = 1.0 if cores is None or not running else min(1.0, cores / len(running))
         ends = [now + left / rate for _, _, left in running.values()]
         arrivals = [at for queue in queues for i in queue if (at := ready_at[i]) is not None and at > now + 1e-12]
@@ -118,8 +116,8 @@ def simulate(made: Sequence[Task], *, link: float = 0.0, cores: float | None = N
                 running[rank] = (index, start, left)
                 continue
             del running[rank]
-            spans.append(Span(made[index], start, then))
+            spans.append(Span(planned[index], start, then))
             for follower in followers.get(index, []):
-                ready_at[follower] = then + (link if made[follower].rank != rank else 0.0)
+                ready_at[follower] = then + (link if planned[follower].rank != rank else 0.0)
         now = then
     return Timeline(ranks, spans)
