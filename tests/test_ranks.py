@@ -27,7 +27,7 @@ TEXT = "\n".join(f"{q.context} {q.endings[q.label]}" for q in llmlab.data.everyd
 @pytest.fixture(autouse=True)
 def import_jobs(monkeypatch):
     """Ranks import tests/rank_jobs.py."""
-    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT / "tests"))
+    monkeypatch.setenv("PYTHONPATH", f"{CHECKOUT}:{CHECKOUT / 'tests'}")
 
 
 @pytest.fixture(scope="module")
