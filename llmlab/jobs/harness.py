@@ -10,6 +10,7 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
+from llmlab.base.errors import InputError
 from llmlab.decoding.generate import generate
 from llmlab.model.lm import LM
 from llmlab.scoring import shared
@@ -27,24 +28,25 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
 
     def __init__(self, lm: LM, *, max_new_tokens: int = 256) -> None:
         super().__init__()
-        self.lm = lm
-        self.max_new_tokens = max_new_tokens
+        if lm.tokenizer is None:
+            raise InputError(f"{lm.name} has random weights and no tokenizer: the harness needs a real model.")
+        self.lm, self._tokenizer, self.max_new_tokens = lm, lm.tokenizer, max_new_tokens
 
     @property
     def eot_token_id(self) -> int:
         """The token that stands for an empty context."""
-        return int(self.lm.tokenizer.eos_token_id)
+        return int(self._tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
         """The token before the first one in rolling log-likelihoods: as in `HFLM`, BOS where there is one."""
-        bos = self.lm.tokenizer.bos_token_id
+        bos = self._tokenizer.bos_token_id
         return int(bos) if bos is not None else self.eot_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Token ids, with the tokenizer's own special tokens unless told otherwise."""
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return list(self.lm.tokenizer.encode(string, **options))
+        return list(self._tokenizer.encode(string, **options))
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[object, list[int], list[int]]], disable_tqdm: bool = False, **_: object
