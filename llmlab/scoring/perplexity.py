@@ -36,6 +36,13 @@ class PerplexityResult:
     seconds_total: float
     task: str = "perplexity"
     data: str = "text"
+    seed: int | None = None
+    memory_bytes: int | None = None
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What was run, for a Record."""
+        return {"context": str(self.context), "stride": str(self.stride), "batch_size": str(self.batch_size)}
 
     @property
     def n(self) -> int:

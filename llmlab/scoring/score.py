@@ -52,6 +52,13 @@ class ScoreResult:
     padding: float
     seconds_inference: float
     seconds_total: float
+    seed: int | None = None
+    memory_bytes: int | None = None
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What was run, for a Record."""
+        return {"method": self.method}
 
     @property
     def n(self) -> int:
