@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -55,7 +55,7 @@ def changes_table(title: str, rows: pd.DataFrame) -> Table:
     return table
 
 
-def _change(row: Mapping[str, float]) -> str:
+def _change(row: dict[Hashable, Any]) -> str:
     if row["change"] != row["change"]:
         return ""
     form = "{:+.1%}" if row["scale"] == "ratio" else "{:+.3g}"

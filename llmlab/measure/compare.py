@@ -231,7 +231,7 @@ def _facts(row: Row) -> dict[str, str]:
         "system": machine.get("system"),
         "GPUs": ", ".join(gpu["name"] for gpu in machine.get("gpus", [])) or "none",
         "threads": row["threads"],
-        f"revision of {row['model']}": row["revision"],
+        f"revision of {row['model']}": row["revision"] or "none",
     }
     return {name: str(value) for name, value in (facts | row["libraries"]).items()}
 
