@@ -148,15 +148,8 @@ def measure_point(
     counts = {"calibration_rows": effort.rows, "windows": effort.windows, "max_new_tokens": effort.new_tokens}
     settings = combination.settings | {name: str(count) for name, count in counts.items()}
     memory = [part.memory_bytes for part in written if part.memory_bytes is not None]
-    return lm, Measurement(
-        "trade-off",
-        values,
-        scored.n,
-        protocol,
-        scored.data,
-        settings=settings,
-        memory_bytes=sum(memory) if len(memory) == len(written) else None,
-    )
+    memory_bytes = sum(memory) if len(memory) == len(written) else None
+    return lm, Measurement("trade-off", values, scored.n, protocol, scored.data, settings, memory_bytes=memory_bytes)
 
 
 def transformed(exact: LM, combination: Combination, calibration: str, rows: int) -> LM:
@@ -254,8 +247,8 @@ def _speeds(jobs: _Jobs, questions: list[Question], repeats: int) -> tuple[dict[
         scoring.append(jobs.score(questions).seconds_inference)
         written = jobs.decode()
         decoding.append(max(part.seconds_decode for part in written) / max(1, _tokens(written)))
-    rates = _rate(scoring, len(questions), "1/s"), _rate(decoding, 1, "token/s")
-    return dict(zip(("questions_per_second", "decode_tokens_per_second"), rates, strict=True)), written
+    scored, wrote = _rate(scoring, len(questions), "1/s"), _rate(decoding, 1, "token/s")
+    return {"questions_per_second": scored, "decode_tokens_per_second": wrote}, written
 
 
 def _energy(jobs: _Jobs, tokens: int, device: torch.device) -> tuple[Metric | None, str]:
