@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -28,6 +29,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate",
 OPTIONAL = (
     "gguf", "datasets", "bitsandbytes", "triton", "gptqmodel", "lm_eval", "ray", "papermill", "nbconvert", "matplotlib"
 )  # fmt: skip
+Facts = dict[str, Any]  # ready for JSON
 NO_GPU, MISSING = "no CUDA device", "not installed: pip install 'llmlab[{}]'"
 
 
@@ -71,7 +73,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def gpus() -> list[dict[str, object]]:
+def gpus() -> list[Facts]:
     """Every NVIDIA GPU: name, compute capability, memory in bytes, and whether this build of torch can use it."""
     good = usable(nvidia())
     return [
@@ -80,7 +82,7 @@ def gpus() -> list[dict[str, object]]:
     ]
 
 
-def hardware() -> dict[str, object]:
+def hardware() -> Facts:
     """The machine, as it goes into every record."""
     return {
         "cpu": cpu_name(),
@@ -121,7 +123,7 @@ def energy() -> list[tuple[str, bool, str]]:
     return [(f"energy, {name}", *availability(torch.device(kind))) for name, kind in (("CPU", "cpu"), ("GPU", "cuda"))]
 
 
-def inventory() -> dict[str, object]:
+def inventory() -> Facts:
     """Everything a bug report needs, ready for JSON.
 
     Keys: `llmlab`, `commit`, `hardware`, `libraries`, `builtin_model`, `kernels`, `fast` (measured on this CPU:
