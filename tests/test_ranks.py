@@ -15,8 +15,9 @@ from conftest import CHECKOUT
 
 import llmlab
 from llmlab import InputError, RankError
+from llmlab.quantization.calibration import calibration_rows
 from llmlab.quantization.grid import Scheme
-from llmlab.quantization.walk import calibration_rows, quantize
+from llmlab.quantization.walk import quantize
 from llmlab.sharding.cuts import Cuts
 
 pytestmark = pytest.mark.slow
