@@ -248,7 +248,7 @@ class Walk:
         return QuantLinear.pack(quantized, self.scheme.bits, linear.bias)
 
     def _factor(self, inputs: torch.Tensor) -> Factor:
-        """Of the Hessian of these inputs; q, k and v read the same ones and share it."""
+        """The factor of the Hessian of these inputs; q, k and v read the same ones and share it."""
         if self.last is None or self.last[0] is not inputs:
             hessian = Hessian(inputs.shape[-1], inputs.device)
             hessian.add(inputs)
