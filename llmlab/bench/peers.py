@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def missing(peer: str) -> str | None:
     return None
 
 
-def call(peer: str, request: dict[str, object], *, timeout: float = TIMEOUT) -> Answer:
+def call(peer: str, request: Mapping[str, object], *, timeout: float = TIMEOUT) -> Answer:
     """Send one request to a peer and return its answer.
 
     Args:
@@ -64,12 +65,12 @@ def peer_quantize(peer: str, lm: LM, calibration: torch.Tensor, scheme: Scheme, 
 
     `scheme` gives bits, group size, order and symmetry. Returns the answer: `seconds` of the quantization, `versions`.
     """
-    settings: dict[str, object] = {"bits": scheme.bits, "group_size": scheme.group_size}
+    settings = {"bits": scheme.bits, "group_size": scheme.group_size}
     settings |= {"desc_act": scheme.act_order, "sym": scheme.symmetric}
     with tempfile.TemporaryDirectory() as temporary:
         model = lm.save(Path(temporary) / "model")
-        request = {"job": "quantize", "model": str(model), "output": str(folder), "ids": calibration.tolist()}
-        answer = call(peer, request | settings)
+        folders = {"model": str(model), "output": str(folder)}
+        answer = call(peer, {"job": "quantize", "ids": calibration.tolist(), **folders, **settings})
     lm.tokenizer.save_pretrained(folder)  # AutoGPTQ leaves it to the caller
     return answer
 
@@ -81,10 +82,8 @@ def peer_logits(peer: str, folder: Path, ids: torch.Tensor, *, loader: str | Non
     """
     loader = loader or {"autogptq": "auto_gptq"}.get(peer, peer)
     with tempfile.TemporaryDirectory() as temporary:
-        output = Path(temporary) / "logits.safetensors"
-        request: dict[str, object] = {
-            "job": "logits", "folder": str(folder), "ids": ids.tolist(), "loader": loader, "output": str(output),
-        }  # fmt: skip
+        output = str(Path(temporary) / "logits.safetensors")
+        request = {"job": "logits", "folder": str(folder), "ids": ids.tolist(), "loader": loader, "output": output}
         call(peer, request)
         return load_file(output)["logits"]
 

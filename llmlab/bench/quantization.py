@@ -90,8 +90,8 @@ def bench_quantization(
     timed, own = dict[str, LM](), lm
     for name, method, is_rotated, scheme in variants():
         quantized, cost = _quantized(bases[is_rotated], method, scheme, calibration)
-        about: Row = {"rotated": is_rotated, "act_order": scheme.act_order, "search": scheme.search}
-        table.add(quantized, name, method, scheme.bits, scheme.group_size, about | cost)
+        cost |= {"rotated": is_rotated, "act_order": scheme.act_order, "search": scheme.search}
+        table.add(quantized, name, method, scheme.bits, scheme.group_size, **cost)
         own = quantized if name == OWN else own
         if name in TIMED:
             timed[name] = with_dtype(quantized)
@@ -143,12 +143,10 @@ class _Table:
         self.rows: list[Row] = []
         self.protocol = ""
 
-    def add(
-        self, lm: LM, variant: str, method: str, bits: int, group_size: int | None = None, more: Row | None = None
-    ) -> None:
-        about = {"variant": variant, "method": method, "bits": bits, "group_size": group_size}
+    def add(self, lm: LM, variant: str, method: str, bits: int, group_size: int | None = None, **more: object) -> None:
+        about: Row = {"variant": variant, "method": method, "bits": bits, "group_size": group_size, **more}
         exact = dequantized(lm) if quant_linears(lm.model) else lm
-        self.rows.append(about | (more or {}) | self._quality(exact) | _size(lm))
+        self.rows.append(about | self._quality(exact) | _size(lm))
         self.on_row(self.rows[-1])
 
     def _quality(self, lm: LM) -> Row:
@@ -196,8 +194,8 @@ def _gptqmodel(lm: LM, own: LM, calibration: torch.Tensor, table: _Table) -> Row
         theirs, ours = Path(temporary) / "theirs", own.save(Path(temporary) / "ours")
         answer = peer_quantize("gptqmodel", lm, calibration, scheme, theirs)
         loaded = load(str(theirs), dtype="fp32", device=lm.device)
-        cost = {"act_order": True, "seconds_to_quantize": answer["seconds"]}
-        table.add(loaded, "GPTQModel 4 bits", "gptqmodel", 4, 64, cost)
+        seconds = answer["seconds"]
+        table.add(loaded, "GPTQModel 4 bits", "gptqmodel", 4, 64, act_order=True, seconds_to_quantize=seconds)
         for name, folder, model in (("theirs_here", theirs, loaded), ("ours_there", ours, own)):
             with torch.inference_mode():
                 here = dequantized(model).model(input_ids=ids).logits.float().cpu()
@@ -242,10 +240,9 @@ def _speeds(lm: LM, quantized: dict[str, LM], repeats: int) -> tuple[dict[str, R
     decodes = {name: Timing(name, seconds[1:], 1) for name, seconds in decoding.items()}
     phases = {name: prefill(model, CONTEXT).run for name, model in models.items()}
     prefills = compare(phases, warmup=1, min_runs=repeats)
-    speeds: dict[str, Row] = {}
-    for name in models:
-        prefilled = CONTEXT / prefills[name].median.value
-        speeds[name] = {"decode_tokens_per_s": 1 / decodes[name].median.value, "prefill_tokens_per_s": prefilled}
+    speeds: dict[str, Row] = {name: {"decode_tokens_per_s": 1 / decodes[name].median.value} for name in models}
+    for name, row in speeds.items():
+        row["prefill_tokens_per_s"] = CONTEXT / prefills[name].median.value
     ratios: Row = {}
     for name in plain:
         ratio = speedup(decodes[name], decodes[FASTEST])

@@ -11,21 +11,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llmlab.base.errors import InputError
 from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.model.gguf import converted
 from llmlab.model.sources import Source
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 Slices = tuple[slice, ...]  # of a tensor's first dimensions; () is the whole tensor
 # From a tensor's name, the module it belongs to and its whole shape to the part wanted; None leaves the place empty.

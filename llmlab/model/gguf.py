@@ -10,18 +10,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_gguf_pytorch_utils
 
 from llmlab.base.errors import InputError
 from llmlab.base.paths import cache_folder, check_writable
 from llmlab.model.sources import Source, fingerprint, read_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # The reader of GGUF files has a bar of its own: it shall obey transformers' switch, as all others do.
 modeling_gguf_pytorch_utils.tqdm = transformers.utils.logging.tqdm

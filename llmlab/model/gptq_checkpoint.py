@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmlab.base.errors import InputError
 from llmlab.kernels.packed_linear import QuantLinear, prepare
 from llmlab.kernels.packing import BITS, pack, unpack
 from llmlab.model.fill import Tensors, empty_model, fill
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 

@@ -11,11 +11,16 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llmlab.base.errors import InputError
 from llmlab.kernels.fast import packed_dtype
@@ -25,9 +30,6 @@ from llmlab.model.gguf import converted
 from llmlab.model.gptq_checkpoint import GPTQSettings, read_model, settings_of
 from llmlab.model.lm import DTYPES, LM, check_device, check_dtype
 from llmlab.model.sources import Source, fingerprint, read_config, resolve, shape_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BITSANDBYTES = ("int8", "nf4", "fp4")
 

@@ -8,17 +8,14 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from llmlab.base import hub
 from llmlab.base.errors import InputError
 from llmlab.base.paths import PACKAGE
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 BUILTIN = "smollm2"
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")

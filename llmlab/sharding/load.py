@@ -6,12 +6,11 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from llmlab.base.errors import InputError
 from llmlab.kernels.packed_linear import QuantLinear, prepare
@@ -25,9 +24,6 @@ from llmlab.sharding.cuts import Cuts
 from llmlab.sharding.pipeline import Stage, stage_layers
 from llmlab.sharding.rank import Rank
 from llmlab.sharding.tensor import Cut, part_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass
