@@ -35,9 +35,10 @@ from llmlab.measure.record import Measurement
 from llmlab.model.convert import with_dtype
 from llmlab.model.lm import LM
 from llmlab.model.load import load
+from llmlab.quantization.calibration import calibration_rows
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.rotate import rotated
-from llmlab.quantization.walk import calibration_rows, quantize
+from llmlab.quantization.walk import quantize
 from llmlab.scoring.encode import encode
 from llmlab.scoring.perplexity import PerplexityResult, perplexity
 from llmlab.scoring.score import ScoreResult, score
