@@ -12,8 +12,9 @@ import llmlab
 from llmlab import InputError
 from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.kernels.packing import unpack
+from llmlab.quantization.calibration import calibration_rows
 from llmlab.quantization.grid import Scheme
-from llmlab.quantization.walk import calibration_rows, quantize
+from llmlab.quantization.walk import quantize
 
 NAME = "model.layers.0.self_attn.q_proj"
 TEXT = "\n".join(f"{q.context} {ending}" for q in llmlab.data.everyday(30) for ending in q.endings)

@@ -2,13 +2,16 @@ import json
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import CHECKOUT
 from test_record import make
 
 from llmlab import InputError, Metric
 from llmlab.cli.main import main
-from llmlab.measure.compare import ENOUGH, compare, direction, holm, pooled
+from llmlab.lab.figures.tradeoffs import pareto
+from llmlab.measure.compare import ENOUGH, compare, holm, pooled
+from llmlab.measure.direction import direction
 from llmlab.measure.record import append
 
 
@@ -113,6 +116,25 @@ def test_names_and_units_say_which_way_is_good():
     assert direction("questions_per_second", "1/s") == direction("mfu", "") == direction("flops", "FLOP/s") == 1
     assert direction("decode_speedup_vs_fp32", "x") == direction("bytes_per_second", "B/s") == 1
     assert direction("intensity", "FLOP/byte") == direction("tokens", "token") == 0
+    gains = [("acc", ""), ("rate", "token/s"), ("bandwidth", "B/s"), ("answers_kept", ""), ("greedy_equal", "")]
+    assert all(direction(*metric) == 1 for metric in gains)
+    costs = [("memory", "B"), ("energy", "J"), ("loss", "nat/token"), ("latency", "s/token"), ("word_perplexity", "")]
+    assert all(direction(*metric) == -1 for metric in costs)
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        ("bits_per_weight", "bit"), ("worst_error", ""), ("cost_model_error", ""), ("simulator_error_max", ""),
+        ("best_4bit_over_fp32", "x"),
+    ],
+)  # fmt: skip
+def test_comparisons_and_figures_agree_which_way_is_good(name, unit):
+    """The Pareto front had a rule of its own, by which more error was better."""
+    assert direction(name, unit) == -1
+    frame = pd.DataFrame({name: [1.0, 2.0], "acc": [0.5, 0.5]})
+    frame.attrs["units"] = {name: unit}
+    assert list(pareto(frame, name, "acc")) == [True, False]
 
 
 def test_other_hardware_versions_and_threads_are_noted(tmp_path):
@@ -131,15 +153,72 @@ def test_other_hardware_versions_and_threads_are_noted(tmp_path):
         "threads differs: 2 in A, 4 in B",
         "torch differs: 2.13.0 in A, 2.14.0 in B",
     ]
+    other = one(tmp_path / "c.jsonl", hardware=machine, libraries={"torch": "2.13.0"}, threads=2, revision="main")
+    assert compare(a, other).attrs["notes"] == ["revision of m differs: none in A, main in B"]
 
 
-def test_runs_are_matched_by_protocol_where_they_can_be(tmp_path):
-    a = one(tmp_path / "a.jsonl", protocol="shared path, 10 passes")
-    one(a, value=5.0, protocol="reference path, batch size 8")
-    b = one(tmp_path / "b.jsonl", protocol="shared path, 12 passes")
+def test_runs_are_matched_by_their_settings(tmp_path):
+    a = one(tmp_path / "a.jsonl", protocol="shared path, 10 passes", settings={"method": "shared"})
+    one(a, value=5.0, protocol="reference path", settings={"method": "reference", "batch_size": "8"})
+    b = one(tmp_path / "b.jsonl", protocol="shared path, 12 passes", settings={"method": "shared", "draft": ""})
     same = compare(a, b)
     assert list(same["verdict"]) == ["within noise"]
-    assert same.attrs["notes"] == []
+    assert list(same["settings"]) == ["method shared"]
+    assert same.attrs["notes"] == ["only in A: test, m fp32 on cpu, data none, n 3, batch_size 8, method reference"]
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [("batch_size", "1", "8"), ("ranks", "2", "4"), ("temperature", "0", "0.7"), ("draft", "", "lookup")],
+)
+def test_runs_with_other_settings_are_told_apart_and_the_difference_is_said(tmp_path, name, before, after):
+    common = {"task": "common"}
+    sides = [
+        one(one(tmp_path / f"{label}.jsonl", value=value, settings={name: setting}), **common)
+        for label, value, setting in (("a", 1.0, before), ("b", 5.0, after))
+    ]
+    found = compare(*sides)
+    assert list(found["task"]) == ["common"]
+    said = f"{name} differs: {before or 'none'} in A, {after} in B"
+    assert f"test, m fp32 on cpu, data none, n 3: not compared, {said}" in found.attrs["notes"]
+    assert f"only in B: test, m fp32 on cpu, data none, n 3, {name} {after}" in found.attrs["notes"]
+    both = one(sides[0], value=9.0, settings={name: after})
+    assert set(compare(both, sides[1])["settings"]) == {"", f"{name} {after}"}
+    with pytest.raises(InputError, match=f"no record in common .*{name} {after}"):
+        compare(one(tmp_path / "c.jsonl", settings={name: before}), one(tmp_path / "d.jsonl", settings={name: after}))
+
+
+def old(path, protocol, **fields):
+    """A record of schema 1: without settings."""
+    one(path, protocol=protocol, **fields)
+    *before, last = [json.loads(line) for line in path.read_text().splitlines()]
+    del last["settings"], last["memory_bytes"], last["weight_bytes"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*before, last | {"schema": 1}]))
+    return path
+
+
+def test_old_records_are_matched_by_what_is_known_of_their_settings(tmp_path):
+    protocol = "greedy, batch size 8, KV cache, tokens counted from ids"
+    a = old(tmp_path / "a.jsonl", protocol, task="generate")
+    same = {"task": "generate", "protocol": protocol}
+    b = one(tmp_path / "b.jsonl", settings={"batch_size": "8", "temperature": "0", "engine": "fast"}, **same)
+    other = one(tmp_path / "c.jsonl", settings={"batch_size": "1", "temperature": "0"}, **same)
+    found = compare(a, b)
+    assert list(found["settings"]) == ["batch_size 8, engine fast, temperature 0"]
+    assert found.attrs["notes"] == [
+        "generate, m fp32 on cpu, data none, n 3, batch_size 8, engine fast, temperature 0: "
+        "an old record in A does not tell all these settings"
+    ]
+    with pytest.raises(InputError, match="no record in common"):
+        compare(a, other)
+    assert list(compare(a, a)["verdict"]) == ["within noise"]
+    (tmp_path / "old.json").write_text(json.dumps({"record": json.loads(a.read_text())}))
+    assert list(compare(tmp_path / "old.json", b)["verdict"]) == ["within noise"]
+
+
+def test_other_protocols_are_noted(tmp_path):
+    b = one(tmp_path / "b.jsonl", protocol="shared path, 12 passes")
+    assert compare(one(tmp_path / "a.jsonl", protocol="shared path, 1,110.5 passes"), b).attrs["notes"] == []
     other = one(tmp_path / "c.jsonl", protocol="a third way")
     (note,) = compare(b, other).attrs["notes"]
     assert "the protocols differ, 'shared path, 12 passes' in A and 'a third way' in B" in note

@@ -42,8 +42,8 @@ def test_a_counter_that_starts_over_is_followed_each_time(tmp_path, monkeypatch)
     monkeypatch.setattr(module, "INTERVAL", 0.005)
     counter = domain(tmp_path, "0", "package-0", 900_000)
     reads = []
-    read = module._Rapl.read
-    monkeypatch.setattr(module._Rapl, "read", lambda self: reads.append(read(self)) or reads[-1])
+    read = module._Counter.read
+    monkeypatch.setattr(module._Counter, "read", lambda self: reads.append(read(self)) or reads[-1])
 
     def run():
         for value in (100_000, 800_000, 50_000):  # two wraps: 0.2 J, 0.7 J, 0.25 J

@@ -56,6 +56,7 @@ def test_a_decode_step_leaves_its_cache_as_it_was(tiny):
     assert step.tokens == 1
     assert step.flops == tiny.card.flops_per_token(12)
     assert step.bytes_read > tiny.card.bytes_read_per_pass
+    assert step.settings == {"context": "12"}  # a step after more tokens is another run
     prefill = phases.prefill(tiny, 12)
     prefill.run()
     assert prefill.intensity > step.intensity

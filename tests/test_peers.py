@@ -10,8 +10,9 @@ from llmlab import InputError
 from llmlab.bench import peers
 from llmlab.bench.peers import call, missing, peer_logits, peer_quantize
 from llmlab.model.convert import dequantized
+from llmlab.quantization.calibration import calibration_rows
 from llmlab.quantization.grid import Scheme
-from llmlab.quantization.walk import calibration_rows, quantize
+from llmlab.quantization.walk import quantize
 
 pytestmark = pytest.mark.slow
 

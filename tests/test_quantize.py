@@ -14,11 +14,12 @@ from llmlab import InputError, NumericalError
 from llmlab.kernels.packed_linear import INT4_CPU, QuantLinear
 from llmlab.model.convert import bits_per_weight, dequantized, with_dtype
 from llmlab.model.layerwise import stream
+from llmlab.quantization.calibration import calibration_rows
 from llmlab.quantization.gptq import Hessian, factorize, gptq
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.job import quantize_to
 from llmlab.quantization.rotate import random_orthogonal, rotate, rotated
-from llmlab.quantization.walk import Report, calibration_rows, quantize
+from llmlab.quantization.walk import Report, Walk, quantize
 
 TEXT = "\n".join(f"{q.context} {ending}" for q in llmlab.data.everyday(60) for ending in q.endings)
 
@@ -194,13 +195,12 @@ def test_layers_of_another_job_are_not_taken(tiny_folders, tmp_path):
     lm = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
     rows = calibration_rows(lm, TEXT, rows=2, context=64)
     with pytest.warns(UserWarning) if rows.numel() < lm.card.intermediate_size else pytest.MonkeyPatch.context():
-        whole = quantize(lm, 4, 32, calibration=rows, keep=tmp_path / "keep")
-    report = Report()
-    again = quantize(lm, 4, 32, calibration=rows, keep=tmp_path / "keep", report=report)
-    assert report.linears == []  # nothing was solved anew
-    assert_same(again, whole)
+        whole = Walk(lm, Scheme(4, 32), rows=rows, keep=tmp_path / "keep").run()
+    again = Walk(lm, Scheme(4, 32), rows=rows, keep=tmp_path / "keep")
+    assert_same(again.run(), whole)
+    assert again.report.linears == []  # nothing was solved anew
     with pytest.raises(InputError, match="layers of another job"):
-        quantize(lm, 3, 32, calibration=rows, keep=tmp_path / "keep")
+        Walk(lm, Scheme(3, 32), rows=rows, keep=tmp_path / "keep").run()
 
 
 def test_bad_input_is_refused_before_the_work(tiny, calibration, monkeypatch):

@@ -15,8 +15,9 @@ from conftest import CHECKOUT
 
 import llmlab
 from llmlab import InputError, RankError
+from llmlab.quantization.calibration import calibration_rows
 from llmlab.quantization.grid import Scheme
-from llmlab.quantization.walk import calibration_rows, quantize
+from llmlab.quantization.walk import quantize
 from llmlab.sharding.cuts import Cuts
 
 pytestmark = pytest.mark.slow
@@ -133,6 +134,12 @@ def test_a_rank_holds_its_part_and_one_tensor_at_a_time(four, smollm2):
         assert part < 0.45 * whole  # the ends hold the embedding, a fifth of this small model
         assert biggest <= smollm2.model.get_input_embeddings().weight.nbytes
         assert peak is None or peak <= 1.1 * (part + biggest) + 64 * 2**20  # and what importing a tokenizer takes
+
+
+def test_a_shape_without_files_is_cut_like_a_model(four):
+    card = llmlab.model_card("opt-125m", dtype="fp32")
+    parts = [part for part, _, _ in four.run(rank_jobs.shard_sizes, "random:opt-125m", Cuts(tensor=2, pipeline=2))]
+    assert max(parts) < 0.45 * card.bytes and sum(parts) >= card.bytes
 
 
 @pytest.mark.parametrize("how", ["raise", "kill", "exit"])

@@ -35,7 +35,19 @@ def test_a_record_says_everything_needed_to_trust_it(tiny, rows):
     assert row["libraries"]["torch"]
     assert row["hardware"]["cores"] >= 1
     assert row["commit"]
-    assert row["schema"] == 1
+    assert row["settings"] == result.settings
+    assert row["settings"]["method"] == "shared"
+    assert row["weight_bytes"] == tiny.weight_bytes
+    assert row["schema"] == 2
+
+
+def test_a_result_of_ones_own_tells_its_settings_its_seed_and_its_memory(tiny):
+    measured = Measurement(
+        "speed", {"seconds": Metric(1.0, "s")}, 1, "one run", settings={"batch_size": "8"}, seed=3, memory_bytes=99
+    )
+    record = describe(tiny, measured)
+    assert (record.settings, record.seed, record.memory_bytes) == ({"batch_size": "8"}, 3, 99)
+    assert describe(tiny, measured, seed=4).seed == 4
 
 
 def test_changed_weights_are_the_open_track(tiny):
@@ -55,6 +67,51 @@ def test_records_become_a_data_frame(tmp_path):
     assert list(frame["acc_low"]) == [0.5, 0.5]
     assert frame.attrs["units"]["seconds"] == "s"
     assert str(frame["time"].dt.tz) == "UTC"
+
+
+def test_settings_become_columns(tmp_path):
+    append(make(0.7, settings={"batch_size": "1"}), tmp_path / "records.jsonl")
+    append(make(0.8, settings={"batch_size": "8", "draft": "lookup"}), tmp_path / "records.jsonl")
+    frame = records(tmp_path / "records.jsonl")
+    assert list(frame["batch_size"]) == ["1", "8"]
+    assert list(frame["draft"].fillna("none")) == ["none", "lookup"]
+
+
+@pytest.mark.parametrize(
+    ("task", "protocol", "settings"),
+    [
+        (
+            "trade-off", "precision 4 bits; method rotated gptq; sharding data 2; draft none; log p; batch size 1",
+            {"precision": "4 bits", "method": "rotated gptq", "sharding": "data 2", "draft": ""},
+        ),
+        (
+            "generate", "greedy, batch size 8, static KV cache, draft: lookup, self-4bit, tokens counted from ids",
+            {"temperature": "0", "draft": "lookup, self-4bit", "batch_size": "8"},
+        ),
+        (
+            "generate", "temperature 0.7, top-p 0.9, batch size 1, KV cache, tokens counted from ids",
+            {"temperature": "0.7", "top_p": "0.9", "draft": "", "batch_size": "1"},
+        ),
+        (
+            "everyday", "log p(ending | context), split as lm-evaluation-harness; reference path, longest first, "
+            "batch size 8", {"method": "reference", "batch_size": "8"},
+        ),
+        (
+            "everyday", "log p(ending | context), split as x; shared, data 2 path, longest first, 74 passes",
+            {"method": "shared", "layout": "data 2"},
+        ),
+        ("bench sharding", "4 ranks, median of 3 interleaved runs", {"ranks": "4"}),
+        ("bench scoring", "from text, best of batch sizes 1, 4, 8", {}),
+    ],
+)  # fmt: skip
+def test_records_of_the_first_schema_are_read_with_the_settings_that_they_told(tmp_path, task, protocol, settings):
+    path = tmp_path / "records.jsonl"
+    old = make(task=task, protocol=protocol).as_dict() | {"schema": 1, "baseline": None}
+    del old["settings"], old["memory_bytes"], old["weight_bytes"]
+    path.write_text(json.dumps(old) + "\n")
+    (row,) = read_records(path)
+    assert row["settings"] == settings
+    assert len(records(path)) == 1
 
 
 def _append_many(path, worker):
@@ -92,7 +149,7 @@ def test_records_of_a_newer_schema_are_reported_and_skipped(tmp_path):
     path = tmp_path / "records.jsonl"
     append(make(1.0), path)
     path.write_text(path.read_text() + json.dumps(make(2.0).as_dict() | {"schema": 99}) + "\n")
-    with pytest.warns(UserWarning, match="newer than 1"):
+    with pytest.warns(UserWarning, match="newer than 2"):
         assert len(read_records(path)) == 1
 
 

@@ -246,8 +246,8 @@ def hostile_report(folder):
     (run,) = report([path], output=folder / "report", parameters={"x": attack(16)})
     assert "RuntimeError" in run.error
     submission = Submission(
-        model=attack(17), layers=2, n=1, accuracy={}, tokens_full=2, tokens=1, flops=1, seconds_load=1.0,
-        seconds_inference=1.0, seconds_total=2.0, synthetic=True, result=None,
+        model=attack(17), layers=2, n=1, tokens_full=2, tokens=1, flops=1, seconds_load=1.0,
+        seconds_inference=1.0, seconds_total=2.0, result=None,
     )  # fmt: skip
     record = Record(
         task="challenge", metrics={}, n=1, model=attack(17), revision=attack(18), transformation="none", dtype="fp32",

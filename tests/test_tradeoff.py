@@ -8,7 +8,7 @@ import llmlab
 from llmlab.base.errors import InputError
 from llmlab.base.stats import Metric
 from llmlab.bench.combination import BASELINE, Combination, combinations, comparable, recommended, speedups
-from llmlab.bench.tradeoff import material, measure_point, perplexity_ratio
+from llmlab.bench.tradeoff import Effort, Material, material, measure_point, perplexity_ratio
 from llmlab.data import fingerprint
 from llmlab.lab.figures import challenge as challenge_figures
 from llmlab.lab.figures import tradeoffs as tradeoff_figures
@@ -82,10 +82,9 @@ def test_nothing_measured_is_calibrated_on():
 )
 def test_a_point_of_a_tiny_model(combination, tiny_folders, tmp_path):
     questions = llmlab.data.everyday(3)
-    lm, found = measure_point(
-        str(tiny_folders["llama"]), combination, questions, PROMPTS, calibration=material(3)[2], rows=2, new_tokens=5,
-        timed=2, repeats=2, device="cpu",
-    )  # fmt: skip
+    given = Material(questions, PROMPTS, material(3).calibration)
+    effort = Effort(rows=2, new_tokens=5, timed=2, repeats=2)
+    lm, found = measure_point(str(tiny_folders["llama"]), combination, given, effort, device="cpu")
     metrics = found.metrics()
     for name in ("acc_norm", "answers_kept", "perplexity", "perplexity_ratio", "bytes"):
         assert metrics[name].value >= 0
@@ -108,10 +107,9 @@ def test_a_point_of_a_tiny_model(combination, tiny_folders, tmp_path):
 
 def test_two_replicas_hold_two_models_and_a_draft_adds_to_the_bytes(tiny_folders):
     def held(combination):
-        _, found = measure_point(
-            str(tiny_folders["llama"]), combination, llmlab.data.everyday(1), PROMPTS[:1], calibration="word " * 600,
-            rows=1, new_tokens=2, timed=1, repeats=1, device="cpu",
-        )  # fmt: skip
+        given = Material(llmlab.data.everyday(1), PROMPTS[:1], "word " * 600)
+        effort = Effort(rows=1, new_tokens=2, timed=1, repeats=1)
+        _, found = measure_point(str(tiny_folders["llama"]), combination, given, effort, device="cpu")
         return found.metrics()["bytes"].value
 
     plain = held(Combination())
@@ -121,9 +119,8 @@ def test_two_replicas_hold_two_models_and_a_draft_adds_to_the_bytes(tiny_folders
 
 def test_prompts_that_do_not_fit_are_refused_before_weights_are_read(tiny_folders):
     with pytest.raises(InputError, match="prompt 0"):
-        measure_point(
-            str(tiny_folders["llama"]), Combination(), llmlab.data.everyday(1), ["word " * 400], calibration="x"
-        )  # fmt: skip
+        given = Material(llmlab.data.everyday(1), ["word " * 400], "x")
+        measure_point(str(tiny_folders["llama"]), Combination(), given)
 
 
 def test_the_ratio_of_perplexities_is_paired(smollm2):
@@ -136,7 +133,7 @@ def test_the_ratio_of_perplexities_is_paired(smollm2):
 def table(rows, **common):
     about = {"task": "trade-off", "model": "m", "data": "d", "n": 100, "device": "cpu", "cpu": "c", "threads": 2}
     frame = pd.DataFrame(
-        about | common | {"protocol": f"{combination.encoded}; more", "time": pd.Timestamp(2026, 1, day + 1)} | values
+        about | common | combination.settings | {"protocol": "p", "time": pd.Timestamp(2026, 1, day + 1)} | values
         for day, (combination, values) in enumerate(rows)
     )
     frame.attrs["units"] = {"bytes": "B"}
@@ -193,12 +190,22 @@ def test_the_readmes_front_is_drawn_from_records(tmp_path):
     for combination, values in ROWS:
         metrics = {name: Metric(value, "B" if name == "bytes" else "") for name, value in values.items()}
         about = {"model": "m", "revision": None, "transformation": "none", "dtype": "fp32", "device": "cpu"}
-        protocol = f"{combination.encoded}; more"
-        append(Record("trade-off", metrics, 9, **about, threads=2, track="exact", protocol=protocol, data="d"), store)
+        about |= {"threads": 2, "track": "exact", "protocol": "p", "data": "d", "settings": combination.settings}
+        append(Record("trade-off", metrics, 9, **about), store)
     figure = trade_offs(read_records(store))
     assert "4 bits gptq" in " ".join(text.get_text() for text in figure.axes[0].texts)
     with pytest.raises(InputError, match="llmlab sweep"):
         trade_offs([])
+
+
+def test_the_recorded_grid_of_the_first_schema_is_read_with_its_combinations():
+    frame = combinations(llmlab.records(CHECKOUT / "data/reference/trade-offs-cpu-2-cores.jsonl"))
+    recorded = {
+        Combination(*row) for row in frame[["precision", "method", "sharding", "draft"]].itertuples(index=False)
+    }
+    assert recorded == {Combination(**point) for point in read_grid(GRID).combinations}
+    assert frame.attrs["units"]["bytes"] == "B"
+    assert len(speedups(comparable(frame))) == len(recorded)
 
 
 def test_the_leaderboard_names_its_baseline_and_marks_projections():

@@ -50,13 +50,6 @@ def with_units(frame, **units):
 # Pareto fronts
 
 
-def test_directions():
-    gains = [("acc", ""), ("rate", "token/s"), ("bandwidth", "B/s")]
-    assert not any(tradeoff_figures.lower_is_better(*m) for m in gains)
-    costs = [("seconds", "s"), ("memory", "B"), ("energy", "J"), ("loss", "nat/token"), ("word_perplexity", "")]
-    assert all(tradeoff_figures.lower_is_better(*m) for m in costs)
-
-
 values = st.sampled_from([1.0, 2.0, 3.0, 4.0, math.nan])
 
 

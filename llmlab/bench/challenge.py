@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
 
+from llmlab.base.clock import seconds_of
 from llmlab.base.errors import InputError
 from llmlab.base.stats import Metric
 from llmlab.bench.ablation import scoring_flops
@@ -35,26 +36,30 @@ class Submission:
     """One run of the challenge's job.
 
     Attributes:
-        accuracy: acc, acc_norm and acc_norm_token with intervals; empty for random weights.
         n: questions; the full set has 10,042.
         tokens_full: tokens of every question with every ending; tokens: nodes that were computed.
         flops: of those nodes; flops_per_second over the inference time.
         result: the scores behind it, None for random weights.
+        seed: of random weights and synthetic tokens.
     """
 
     model: str
     layers: int
     n: int
-    accuracy: dict[str, Metric]
     tokens_full: int
     tokens: int
     flops: int
     seconds_load: float
     seconds_inference: float
     seconds_total: float
-    synthetic: bool
     result: ScoreResult | None
+    seed: int | None = None
     task: str = "challenge"
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether weights and tokens are random: such a run measures speed alone."""
+        return self.result is None
 
     @property
     def data(self) -> str:
@@ -70,9 +75,21 @@ class Submission:
             f"computed for {self.tokens_full:,}; seconds_total holds load, tokenization, warm-up and scoring"
         )
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """How the questions were scored, and how many layers took part."""
+        return (self.result.settings if self.result else {}) | {"layers": str(self.layers)}
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What scoring held; None means the weights alone."""
+        return self.result.memory_bytes if self.result else None
+
     def metrics(self) -> dict[str, Metric]:
-        """The measurements with their units."""
-        return self.accuracy | {
+        """The measurements with their units; accuracies with intervals, none for random weights."""
+        scores = self.result.metrics() if self.result else {}
+        accuracies = {name: metric for name, metric in scores.items() if name.startswith("acc")}
+        return accuracies | {
             "seconds_inference": Metric(self.seconds_inference, "s"),
             "seconds_total": Metric(self.seconds_total, "s"),
             "seconds_load": Metric(self.seconds_load, "s"),
@@ -80,20 +97,12 @@ class Submission:
             "flops": Metric(self.flops / self.seconds_inference, "FLOP/s"),
         }
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Everything, ready for JSON."""
         scores = self.result.as_dict() if self.result else {}
-        own = {
-            "task": self.task,
-            "model": self.model,
-            "layers": self.layers,
-            "n": self.n,
-            "synthetic": self.synthetic,
-            "tokens_full": self.tokens_full,
-            "tokens": self.tokens,
-            "protocol": self.protocol,
-        }
-        return scores | own | {name: metric.value for name, metric in self.metrics().items()}
+        own = {name: value for name, value in vars(self).items() if name != "result"}
+        values = {name: metric.value for name, metric in self.metrics().items()}
+        return scores | own | {"synthetic": self.synthetic, "protocol": self.protocol} | values
 
 
 def challenge(
@@ -126,30 +135,22 @@ def challenge(
     if devices > 1 and random_weights:
         raise InputError("random weights run on one device: give a real model for --devices.")
     begin = time.perf_counter()
-    result = None
-    if devices > 1:
-        assert questions is not None
-        lm, result, loaded = _over_ranks(model, questions, devices, dtype, device)
-        end = time.perf_counter()
-        inference, full, tokens = result.seconds_inference, result.tokens_full, result.tokens
-        sequences = encode(lm, questions)
-        return lm, _submission(lm, sequences, result, (full, tokens), (loaded - begin, inference, end - begin), False)
-    lm = load(model, dtype=dtype, device=device, layers=layers, seed=seed)
-    loaded = time.perf_counter()
-    if random_weights:
+    if random_weights or not questions:
+        lm = load(model, dtype=dtype, device=device, layers=layers, seed=seed)
+        loaded = time.perf_counter()
         sequences = synthetic_sequences(limit, lm.card.vocab_size, seed=seed)
-        start = time.perf_counter()
-        work = shared.log_probs(lm, sequences).work
-        end = time.perf_counter()
-        inference, full, tokens = end - start, sum(len(s.ids) for s in sequences), work.tokens
+        inference = seconds_of(lambda: shared.log_probs(lm, sequences), lm.device)
+        total = time.perf_counter() - begin
+        return lm, _submission(lm, sequences, None, (loaded - begin, inference, total), seed)
+    if devices > 1:
+        lm, result, loaded = _over_ranks(model, questions, devices, dtype, device)
     else:
-        assert questions is not None
+        lm = load(model, dtype=dtype, device=device, layers=layers)
+        loaded = time.perf_counter()
         result = score(lm, questions)
-        end = time.perf_counter()
-        inference, full, tokens = result.seconds_inference, result.tokens_full, result.tokens
-        sequences = encode(lm, questions)
-    seconds = (loaded - begin, inference, end - begin)
-    return lm, _submission(lm, sequences, result, (full, tokens), seconds, random_weights)
+    result = replace(result, seconds_total=time.perf_counter() - begin)
+    seconds = (loaded - begin, result.seconds_inference, result.seconds_total)
+    return lm, _submission(lm, encode(lm, questions), result, seconds, None)
 
 
 def _over_ranks(
@@ -171,28 +172,22 @@ def _submission(
     lm: LM,
     sequences: list[Sequence],
     result: ScoreResult | None,
-    counted: tuple[int, int],
     seconds: tuple[float, float, float],
-    synthetic: bool,
+    seed: int | None,
 ) -> Submission:
     tries = question_tries(sequences)
-    asked = sum(trie.asked for trie in tries)
-    accuracy = (
-        {"acc": result.acc, "acc_norm": result.acc_norm, "acc_norm_token": result.acc_norm_token} if result else {}
-    )
     return Submission(
         model=lm.name,
         layers=lm.card.layers,
         n=len(tries),
-        accuracy=accuracy,
-        tokens_full=counted[0],
-        tokens=counted[1],
-        flops=scoring_flops(lm, tries, asked),
+        tokens_full=sum(len(sequence.ids) for sequence in sequences),
+        tokens=sum(map(len, tries)),
+        flops=scoring_flops(lm, tries, sum(trie.asked for trie in tries)),
         seconds_load=seconds[0],
         seconds_inference=seconds[1],
         seconds_total=seconds[2],
-        synthetic=synthetic,
-        result=replace(result, seconds_total=seconds[2]) if result else None,
+        result=result,
+        seed=seed,
     )
 
 
@@ -206,7 +201,7 @@ def synthetic_sequences(n: int, vocab_size: int, *, seed: int = 0) -> list[Seque
         raise InputError(f"{n} synthetic questions: give a positive number.")
     rng = np.random.default_rng(seed)
 
-    def lengths(table: Spread, size: tuple[int, ...]) -> Any:
+    def lengths(table: Spread, size: tuple[int, ...]) -> npt.NDArray[np.int64]:
         low, high, mean, deviation = table
         return np.clip(np.rint(rng.normal(mean, deviation, size)), low, high).astype(int)
 

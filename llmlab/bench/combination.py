@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import pandas as pd
 
@@ -62,14 +62,14 @@ class Combination:
     def cuts(self) -> Cuts:
         """The layout. Raises InputError for one that cannot be read."""
         parts = [] if self.sharding == "1" else self.sharding.split(" x ")
-        found = {m[1]: int(m[2]) for m in map(SHARDING.fullmatch, parts) if m}
-        if len(found) != len(parts) or 0 in found.values():
+        sizes = {m[1]: int(m[2]) for m in map(SHARDING.fullmatch, parts) if m}
+        if len(sizes) != len(parts) or 0 in sizes.values():
             raise InputError(f"unknown sharding {self.sharding!r}: write 1, data 2, tensor 2, pipeline 2 or a product.")
-        return Cuts(**found)
+        return Cuts(**sizes)
 
     @property
     def bits(self) -> int:
-        """Of a quantized weight."""
+        """Of a quantized weight: 8, 4 or 3."""
         return int(self.precision.split()[0])
 
     @property
@@ -81,14 +81,13 @@ class Combination:
         return f"{self.precision}{method}{sharding}{draft}"
 
     @property
-    def encoded(self) -> str:
-        """As it stands at the head of a record's protocol, for `combinations`."""
-        return "; ".join(f"{f.name} {value or 'none'}" for f, value in zip(fields(self), astuple(self), strict=True))
+    def settings(self) -> dict[str, str]:
+        """As it stands in a record, for `combinations`."""
+        return asdict(self)
 
 
 BASELINE = Combination()
-SETTING = ["model", "data", "n", "device", "cpu", "threads"]  # what must be equal for two speeds to be comparable
-ENCODED = "; ".join(rf"{f.name} (?P<{f.name}>[^;]+)" for f in fields(Combination))
+MACHINE = ["model", "data", "n", "device", "cpu", "threads"]  # what must be equal for two speeds to be comparable
 
 
 def combinations(frame: pd.DataFrame) -> pd.DataFrame:
@@ -99,13 +98,10 @@ def combinations(frame: pd.DataFrame) -> pd.DataFrame:
     Args:
         frame: as from `llmlab.records()`.
     """
-    mine = frame[(frame["task"] == "trade-off") & frame["protocol"].str.match(ENCODED)]
-    told = mine["protocol"].str.extract(ENCODED).replace({"draft": {"none": ""}})
-    found = mine.dropna(axis="columns", how="all").join(told)
-    found["name"] = [Combination(*row).name for row in told.itertuples(index=False)]
-    found = found.drop_duplicates(["name", *SETTING], keep="last").reset_index(drop=True)
-    found.attrs = dict(frame.attrs)
-    return found
+    rows = frame[frame["task"] == "trade-off"].dropna(axis="columns", how="all")
+    points = rows.reindex(columns=[f.name for f in fields(Combination)])
+    rows = rows.assign(name=[Combination(*point).name for point in points.itertuples(index=False)])
+    return rows.drop_duplicates(["name", *MACHINE], keep="last").reset_index(drop=True)
 
 
 def comparable(frame: pd.DataFrame) -> pd.DataFrame:
@@ -115,10 +111,9 @@ def comparable(frame: pd.DataFrame) -> pd.DataFrame:
     """
     if frame.empty:
         raise InputError("there are no trade-off records: run llmlab sweep notebooks/points/trade_offs.yaml first.")
-    part = frame.groupby(SETTING, dropna=False).ngroup()
-    found: pd.DataFrame = frame[part == part.value_counts().index[0]].reset_index(drop=True)
-    found.attrs = dict(frame.attrs)
-    return found
+    part = frame.groupby(MACHINE, dropna=False).ngroup()
+    rows: pd.DataFrame = frame[part == part.value_counts().index[0]].reset_index(drop=True)
+    return rows
 
 
 def speedups(frame: pd.DataFrame) -> pd.DataFrame:

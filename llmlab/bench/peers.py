@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from llmlab.base.paths import PACKAGE
 from llmlab.model.lm import LM
 from llmlab.quantization.grid import Scheme
 
-HOURS = 3600.0
+Answer = dict[str, Any]  # JSON, see the workers
+TIMEOUT = 2 * 3600.0  # seconds
 
 
 def missing(peer: str) -> str | None:
@@ -29,7 +31,7 @@ def missing(peer: str) -> str | None:
     return None
 
 
-def call(peer: str, request: dict[str, Any], *, timeout: float = 2 * HOURS) -> dict[str, Any]:
+def call(peer: str, request: Mapping[str, object], *, timeout: float = TIMEOUT) -> Answer:
     """Send one request to a peer and return its answer.
 
     Args:
@@ -52,30 +54,23 @@ def call(peer: str, request: dict[str, Any], *, timeout: float = 2 * HOURS) -> d
         raise RuntimeError(f"{peer} did not answer within {timeout:.0f} s.") from None
     lines = done.stdout.strip().splitlines()
     died = done.stderr.strip()[-1000:] or f"it ended with status {done.returncode} and without a word"
-    answer: dict[str, Any] = json.loads(lines[-1]) if lines else {"error": died}
+    answer: Answer = json.loads(lines[-1]) if lines else {"error": died}
     if "error" in answer:
         raise RuntimeError(f"{peer} failed on {request.get('job')}: {answer['error']}")
     return answer
 
 
-def peer_quantize(peer: str, lm: LM, calibration: torch.Tensor, scheme: Scheme, folder: Path) -> dict[str, Any]:
+def peer_quantize(peer: str, lm: LM, calibration: torch.Tensor, scheme: Scheme, folder: Path) -> Answer:
     """Quantize a plain model with a peer's GPTQ on the same rows; the checkpoint goes to `folder`.
 
     `scheme` gives bits, group size, order and symmetry. Returns the answer: `seconds` of the quantization, `versions`.
     """
+    settings = {"bits": scheme.bits, "group_size": scheme.group_size}
+    settings |= {"desc_act": scheme.act_order, "sym": scheme.symmetric}
     with tempfile.TemporaryDirectory() as temporary:
         model = lm.save(Path(temporary) / "model")
-        request = {
-            "job": "quantize",
-            "model": str(model),
-            "output": str(folder),
-            "bits": scheme.bits,
-            "group_size": scheme.group_size,
-            "desc_act": scheme.act_order,
-            "sym": scheme.symmetric,
-            "ids": calibration.tolist(),
-        }
-        answer = call(peer, request)
+        folders = {"model": str(model), "output": str(folder)}
+        answer = call(peer, {"job": "quantize", "ids": calibration.tolist(), **folders, **settings})
     lm.tokenizer.save_pretrained(folder)  # AutoGPTQ leaves it to the caller
     return answer
 
@@ -87,8 +82,8 @@ def peer_logits(peer: str, folder: Path, ids: torch.Tensor, *, loader: str | Non
     """
     loader = loader or {"autogptq": "auto_gptq"}.get(peer, peer)
     with tempfile.TemporaryDirectory() as temporary:
-        output = Path(temporary) / "logits.safetensors"
-        request = {"job": "logits", "folder": str(folder), "ids": ids.tolist(), "loader": loader, "output": str(output)}
+        output = str(Path(temporary) / "logits.safetensors")
+        request = {"job": "logits", "folder": str(folder), "ids": ids.tolist(), "loader": loader, "output": output}
         call(peer, request)
         return load_file(output)["logits"]
 

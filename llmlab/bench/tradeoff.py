@@ -6,16 +6,13 @@ behind a warm-up. Whoever reads the records divides by the row of `BASELINE` fro
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +24,10 @@ from llmlab.data import Question, everyday, prompts
 from llmlab.decoding.drafts import Draft, SelfDraft
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import check_settings, encode_prompts, generate
+from llmlab.decoding.result import GenerateResult
 from llmlab.jobs.over_ranks import ranks
 from llmlab.jobs.own_draft import named_drafts
-from llmlab.jobs.rank_parts import Job, generate_part, score_part
+from llmlab.jobs.rank_parts import Job, Options, generate_part, score_part
 from llmlab.kernels.fast import packed_dtype
 from llmlab.measure.energy import availability, joules_per_1000_tokens, measure_energy
 from llmlab.measure.memory import peak_bytes
@@ -37,9 +35,10 @@ from llmlab.measure.record import Measurement
 from llmlab.model.convert import with_dtype
 from llmlab.model.lm import LM
 from llmlab.model.load import load
+from llmlab.quantization.calibration import calibration_rows
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.rotate import rotated
-from llmlab.quantization.walk import calibration_rows, quantize
+from llmlab.quantization.walk import quantize
 from llmlab.scoring.encode import encode
 from llmlab.scoring.perplexity import PerplexityResult, perplexity
 from llmlab.scoring.score import ScoreResult, score
@@ -49,43 +48,65 @@ from llmlab.sharding.rank import Rank
 CONTEXT = 512  # tokens of a perplexity window and of a calibration row, or what the model has
 
 
-def material(limit: int) -> tuple[list[Question], list[str], str]:
-    """What a point is measured on: the first built-in questions, the first prompt of each kind; and the calibration
-    text, made of all other built-in items and prompts, so that nothing scored is calibrated on."""
+class Material(NamedTuple):
+    """What a point is measured on.
+
+    Attributes:
+        questions: are scored for the accuracy; the contexts with their right endings are the perplexity's text.
+        prompts: are continued greedily, one at a time, in the model's chat template where there is one.
+        calibration: text for GPTQ; keep the questions out of it.
+    """
+
+    questions: list[Question]
+    prompts: list[str]
+    calibration: str
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much of the material a point takes.
+
+    Attributes:
+        rows: of 512 tokens, at most, of the calibration text.
+        windows: of 512 tokens, at most, for the perplexity.
+        new_tokens: at most so many a prompt.
+        timed: the first so many questions are scored again for the speed.
+        repeats: counted runs of scoring and of decoding.
+    """
+
+    rows: int = 12
+    windows: int = 8
+    new_tokens: int = 48
+    timed: int = 12
+    repeats: int = 3
+
+    def check(self, given: Material) -> None:
+        """Raise InputError if there is nothing to measure."""
+        check_settings(given.prompts, self.new_tokens, 0.0, 1.0, 1)
+        if min(self.timed, self.repeats, self.rows, self.windows, len(given.questions)) < 1:
+            raise InputError("a point needs at least one question, one timed question, one repeat, window and row.")
+
+
+def material(limit: int) -> Material:
+    """The first built-in questions, the first prompt of each kind; and as calibration text all other built-in items and
+    prompts, so that nothing scored is calibrated on."""
     questions, writing = everyday(), prompts()
     kinds = {p.kind: p for p in reversed(writing)}  # the first of each kind
-    first = [p for p in writing if kinds[p.kind] is p]
+    first = [p.text for p in writing if kinds[p.kind] is p]
     rest = [p.text for p in writing if kinds[p.kind] is not p] + [_text(q) for q in questions[limit:]]
-    return questions[:limit], [p.text for p in first], "\n\n".join(rest)
+    return Material(questions[:limit], first, "\n\n".join(rest))
 
 
 def measure_point(
-    name: str,
-    combination: Combination,
-    questions: list[Question],
-    prompts: list[str],
-    *,
-    calibration: str,
-    rows: int = 12,
-    windows: int = 8,
-    new_tokens: int = 48,
-    timed: int = 12,
-    repeats: int = 3,
-    device: str | None = None,
+    name: str, combination: Combination, given: Material, effort: Effort | None = None, *, device: str | None = None
 ) -> tuple[LM, Measurement]:
     """Measure one combination.
 
     Args:
         name: of a model in floating point, as for `llmlab.load`.
         combination: what is measured.
-        questions: are scored for the accuracy; the contexts with their right endings are the perplexity's text.
-        prompts: are continued greedily, one at a time, in the model's chat template where there is one.
-        calibration: text for GPTQ; keep the questions out of it.
-        rows: of 512 tokens, at most, taken from it.
-        windows: of 512 tokens, at most, for the perplexity.
-        new_tokens: at most so many a prompt.
-        timed: the first so many questions are scored again for the speed.
-        repeats: counted runs of scoring and of decoding.
+        given: the questions, the prompts and the calibration text.
+        effort: how much of them; by default what the grid takes.
         device: as for `llmlab.load`.
 
     Returns:
@@ -97,51 +118,39 @@ def measure_point(
     Raises:
         InputError: a combination that makes no sense or does not fit, before anything is measured.
     """
+    effort = effort or Effort()
     combination.check()
-    check_settings(prompts, new_tokens, 0.0, 1.0, 1)
-    if min(timed, repeats, rows, windows) < 1 or not questions:
-        raise InputError("a point needs at least one question, one timed question, one repeat, one window and one row.")
-    cuts = combination.cuts
-    if cuts.ranks > 1:
-        check_layout(name, cuts, cuts.ranks)
+    effort.check(given)
+    if combination.cuts.ranks > 1:
+        check_layout(name, combination.cuts, combination.cuts.ranks)
 
     def check(lm: LM) -> None:
-        encode_prompts(lm, prompts, max_new_tokens=new_tokens, chat=_chat(lm))
-        encode(lm, questions)
-        calibration_rows(lm, calibration, rows=rows, context=CONTEXT)
+        encode_prompts(lm, given.prompts, max_new_tokens=effort.new_tokens, chat=_chat(lm))
+        encode(lm, given.questions)
+        calibration_rows(lm, given.calibration, rows=effort.rows, context=CONTEXT)
 
     exact = load(name, dtype="fp32", device=device, check=check)
-    lm = transformed(exact, combination, calibration, rows)
-    quality = _Quality(exact, lm, combination, questions, windows)
-    with _running(lm, combination, prompts, new_tokens) as run:
-        peak = run.peak(questions[:timed])  # the warm-up, too
-        scored = run.score(questions)
-        scoring, decoding = [], []
-        for _ in range(repeats):
-            scoring.append(run.score(questions[:timed]).seconds_inference)
-            tokens, seconds = run.decode()
-            decoding.append(seconds / max(1, tokens))
-        measurable, counters = availability(lm.device)
-        joules = joules_per_1000_tokens(measure_energy(run.decode, lm.device), tokens) if measurable else None
-    values = {
-        "acc_norm": scored.acc_norm,
-        "answers_kept": quality.kept(scored),
-        **quality.perplexities,
-        "questions_per_second": _rate(scoring, min(timed, len(questions)), "1/s"),
-        "decode_tokens_per_second": _rate(decoding, 1, "token/s"),
-        "bytes": Metric(run.bytes, "B"),
-    }
-    if peak is not None:
-        values["peak_bytes"] = Metric(peak, "B")
-    if joules:
-        values["joules_per_1000_tokens"] = joules
+    lm = transformed(exact, combination, given.calibration, effort.rows)
+    timed = given.questions[: effort.timed]
+    with _running(lm, combination, given.prompts, effort.new_tokens) as jobs:
+        peak = jobs.peak(timed)  # the warm-up, too
+        scored = jobs.score(given.questions)
+        speeds, written = _speeds(jobs, timed, effort.repeats)
+        joules, energy = _energy(jobs, _tokens(written), lm.device)
+    quality, perplexities = _quality(exact, lm, scored, given.questions, effort.windows)
+    values = quality | speeds | {"bytes": Metric(jobs.bytes, "B")}
+    values |= {"peak_bytes": Metric(peak, "B")} if peak is not None else {}
+    values |= {"joules_per_1000_tokens": joules} if joules else {}
     protocol = (
-        f"{combination.encoded}; {scored.protocol}; speed: {repeats} runs behind a warm-up, {timed} questions, "
-        f"{len(prompts)} prompts x {new_tokens} tokens, greedy, batch size 1; perplexity: {quality.protocol}, on one "
-        f"device; calibration: {rows} rows of other text; "
-        f"energy: {'decoding, ' + counters if joules else 'not measured here, ' + counters}"
+        f"{combination.name}; {scored.protocol}; speed: {effort.repeats} runs behind a warm-up, {effort.timed} "
+        f"questions, {len(given.prompts)} prompts x {effort.new_tokens} tokens, greedy, batch size 1; perplexity: "
+        f"{perplexities}, on one device; calibration: {effort.rows} rows of other text; energy: {energy}"
     )
-    return lm, Measurement("trade-off", values, len(questions), protocol, scored.data)
+    counts = {"calibration_rows": effort.rows, "windows": effort.windows, "max_new_tokens": effort.new_tokens}
+    settings = combination.settings | {name: str(count) for name, count in counts.items()}
+    memory = [part.memory_bytes for part in written if part.memory_bytes is not None]
+    memory_bytes = sum(memory) if len(memory) == len(written) else None
+    return lm, Measurement("trade-off", values, scored.n, protocol, scored.data, settings, memory_bytes=memory_bytes)
 
 
 def transformed(exact: LM, combination: Combination, calibration: str, rows: int) -> LM:
@@ -159,32 +168,29 @@ def transformed(exact: LM, combination: Combination, calibration: str, rows: int
     return with_dtype(quantize(base, method=method.split()[-1], scheme=scheme, calibration=text))
 
 
-class _Quality:
-    """What is compared with the fp32 model. In fp32 there is nothing to compare: drafts and sharding are exact."""
+def _quality(
+    exact: LM, lm: LM, scored: ScoreResult, questions: list[Question], windows: int
+) -> tuple[dict[str, Metric], str]:
+    """What is compared with the fp32 model, and the protocol of the perplexities.
 
-    def __init__(self, exact: LM, lm: LM, combination: Combination, questions: list[Question], windows: int) -> None:
-        text = "\n\n".join(map(_text, questions))
-        context = min(CONTEXT, exact.card.context_length)
-        mine = perplexity(lm, text, context=context, max_windows=windows)
-        self.protocol = mine.protocol
-        self.choices: list[int] | None = None
-        ratio = Metric(1.0, "x")
-        if combination.precision != "fp32":
-            self.choices = score(exact, questions).predictions_norm
-            ratio = perplexity_ratio(mine, perplexity(exact, text, context=context, max_windows=windows))
-        self.perplexities = {"perplexity": mine.perplexity, "perplexity_ratio": ratio}
-
-    def kept(self, scored: ScoreResult) -> Metric:
-        """Share of questions answered (by acc_norm) as the fp32 model answers them."""
-        if self.choices is None:
-            return Metric(1.0)
-        return proportion([a == b for a, b in zip(self.choices, scored.predictions_norm, strict=True)])
+    A model in fp32 is that model: drafts and sharding are exact, so there is nothing to compare.
+    """
+    text = "\n\n".join(map(_text, questions))
+    context = min(CONTEXT, exact.card.context_length)
+    result = perplexity(lm, text, context=context, max_windows=windows)
+    kept, ratio = Metric(1.0), Metric(1.0, "x")
+    if lm is not exact:
+        choices = score(exact, questions).predictions_norm
+        kept = proportion([a == b for a, b in zip(choices, scored.predictions_norm, strict=True)])
+        ratio = perplexity_ratio(result, perplexity(exact, text, context=context, max_windows=windows))
+    quality = {"acc_norm": scored.acc_norm, "answers_kept": kept}
+    return quality | {"perplexity": result.perplexity, "perplexity_ratio": ratio}, result.protocol
 
 
-def perplexity_ratio(mine: PerplexityResult, exact: PerplexityResult) -> Metric:
+def perplexity_ratio(result: PerplexityResult, exact: PerplexityResult) -> Metric:
     """Perplexity over another model's on the same windows, with a 95 % interval from their paired differences."""
-    lost = np.subtract(mine.window_nll, exact.window_nll)  # nats a token
-    ratio = math.exp(mine.nll - exact.nll)
+    lost = np.subtract(result.window_nll, exact.window_nll)  # nats a token
+    ratio = math.exp(result.nll - exact.nll)
     if len(lost) < 2:
         return Metric(ratio, "x")
     half = Z95 * float(np.std(lost, ddof=1)) / math.sqrt(len(lost))
@@ -192,43 +198,38 @@ def perplexity_ratio(mine: PerplexityResult, exact: PerplexityResult) -> Metric:
 
 
 @dataclass(frozen=True)
-class _Runs:
-    """The same jobs on one device or over ranks: scores; (decoded tokens, seconds); peak of both; bytes of weights."""
+class _Jobs:
+    """The same jobs on one device or over ranks."""
 
     score: Callable[[list[Question]], ScoreResult]
-    decode: Callable[[], tuple[int, float]]
-    peak: Callable[[list[Question]], int | None]
-    bytes: int
+    decode: Callable[[], list[GenerateResult]]  # one result a replica
+    peak: Callable[[list[Question]], int | None]  # bytes that both need beyond what was there before
+    bytes: int  # of the weights
 
 
 @contextmanager
-def _running(lm: LM, combination: Combination, prompts: list[str], new_tokens: int) -> Iterator[_Runs]:
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "chat": _chat(lm)}
-    cuts = combination.cuts
+def _running(lm: LM, combination: Combination, prompts: list[str], new_tokens: int) -> Iterator[_Jobs]:
+    cuts, chat = combination.cuts, _chat(lm)
     if cuts.ranks == 1:
         drafts: list[Draft | LM] = [*named_drafts(lm, combination.draft)] if combination.draft else []
         engine = Engine(lm)
 
-        def decode() -> tuple[int, float]:
-            made = generate(lm, prompts, draft=drafts or None, engine=engine, **options)
-            return made.decoded_tokens, made.seconds_decode
+        def decode() -> list[GenerateResult]:
+            return [generate(lm, prompts, max_new_tokens=new_tokens, chat=chat, draft=drafts or None, engine=engine)]
 
         def peak(some: list[Question]) -> int | None:
-            return _fresh_peak(lambda: (score(lm, some), decode()), lm.device)
+            return peak_bytes(lambda: (score(lm, some), decode()), lm.device)
 
         copies = [draft.lm for draft in drafts if isinstance(draft, SelfDraft)]
-        yield _Runs(lambda some: score(lm, some), decode, peak, sum(one.weight_bytes for one in [lm, *copies]))
+        yield _Jobs(lambda some: score(lm, some), decode, peak, sum(model.weight_bytes for model in [lm, *copies]))
         return
     with tempfile.TemporaryDirectory() as folder, ranks(cuts.ranks, device=lm.device.type) as group:
-        name = lm.name
-        if combination.method != "none":
-            name = str(lm.save(Path(folder) / "quantized"))
-
+        name = lm.name if combination.method == "none" else str(lm.save(Path(folder) / "quantized"))
         job = Job(name, cuts, lm.dtype)
+        options: Options = {"max_new_tokens": new_tokens, "chat": chat}
 
-        def decode_over_ranks() -> tuple[int, float]:
-            parts = [part[1] for part in group.run(generate_part, job, prompts, options) if part]
-            return sum(p.decoded_tokens for p in parts), max(p.seconds_decode for p in parts)
+        def decode_over_ranks() -> list[GenerateResult]:
+            return [part[1] for part in group.run(generate_part, job, prompts, options) if part]
 
         def peak_over_ranks(some: list[Question]) -> int | None:
             peaks = [peak for peak in group.run(_part_peak, job, some, prompts, options) if peak is not None]
@@ -237,28 +238,42 @@ def _running(lm: LM, combination: Combination, prompts: list[str], new_tokens: i
         def score_over_ranks(some: list[Question]) -> ScoreResult:
             return group.score(name, some, plan=cuts, dtype=lm.dtype)
 
-        held = sum(group.run(_part_bytes, job))
-        yield _Runs(score_over_ranks, decode_over_ranks, peak_over_ranks, held)
+        weights = sum(group.run(_part_bytes, job))
+        yield _Jobs(score_over_ranks, decode_over_ranks, peak_over_ranks, weights)
+
+
+def _speeds(jobs: _Jobs, questions: list[Question], repeats: int) -> tuple[dict[str, Metric], list[GenerateResult]]:
+    """Medians of both speeds over the repeats, and what the last one wrote."""
+    scoring, decoding, written = [], [], []
+    for _ in range(repeats):
+        scoring.append(jobs.score(questions).seconds_inference)
+        written = jobs.decode()
+        decoding.append(max(part.seconds_decode for part in written) / max(1, _tokens(written)))
+    scored, wrote = _rate(scoring, len(questions), "1/s"), _rate(decoding, 1, "token/s")
+    return {"questions_per_second": scored, "decode_tokens_per_second": wrote}, written
+
+
+def _energy(jobs: _Jobs, tokens: int, device: torch.device) -> tuple[Metric | None, str]:
+    """Joules of decoding 1,000 tokens and the counters that told them; or None and why they are not known."""
+    measurable, counters = availability(device)
+    joules = joules_per_1000_tokens(measure_energy(jobs.decode, device), tokens) if measurable else None
+    return joules, f"{'decoding' if joules else 'not measured here'}, {counters}"
+
+
+def _tokens(parts: list[GenerateResult]) -> int:
+    return sum(part.decoded_tokens for part in parts)
 
 
 def _part_bytes(rank: Rank, job: Job) -> int:
     return job.load(rank).weight_bytes
 
 
-def _part_peak(rank: Rank, job: Job, some: list[Question], prompts: list[str], options: dict[str, Any]) -> int | None:
+def _part_peak(rank: Rank, job: Job, some: list[Question], prompts: list[str], options: Options) -> int | None:
     def run() -> None:
         score_part(rank, job, some)
         generate_part(rank, job, prompts, options)
 
-    return _fresh_peak(run, rank.device)
-
-
-def _fresh_peak(run: Callable[[], object], device: torch.device) -> int | None:
-    """`peak_bytes` once glibc has given back what earlier work freed: reused, it would not count."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        gc.collect()
-        libc.malloc_trim(0)
-    return peak_bytes(run, device)
+    return peak_bytes(run, rank.device)
 
 
 def _rate(seconds: list[float], units: int, unit: str) -> Metric:
@@ -272,4 +287,4 @@ def _text(question: Question) -> str:
 
 
 def _chat(lm: LM) -> bool:
-    return bool(getattr(lm.tokenizer, "chat_template", None))
+    return lm.tokenizer is not None and bool(lm.tokenizer.chat_template)

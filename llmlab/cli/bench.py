@@ -73,9 +73,8 @@ def quantize(
 
     scheme = Scheme(bits, group_size, symmetric, act_order, static_groups)
     text = read_text(calibration)
-    lm, report = quantize_to(
-        model, output, text, scheme, method=method, rows=rows, turned=rotate, dtype=dtype, device=device
-    )
+    how = f"rotated {method}" if rotate else method
+    lm, report = quantize_to(model, output, text, scheme, method=how, rows=rows, dtype=dtype, device=device)
     measured = quantizing(lm, report)
     print_metrics(f"{model}: {lm.transformation}", measured.metrics(), measured.protocol)
     console.print(f"checkpoint: {output}", highlight=False, soft_wrap=True)
@@ -130,7 +129,7 @@ def bench_quantization(
     check_outputs(json_file)
     from llmlab.bench import quantization as bench_module
     from llmlab.data import read_text, wikitext
-    from llmlab.quantization.walk import calibration_rows
+    from llmlab.quantization.calibration import calibration_rows
 
     if repeats < 1:
         raise InputError(f"{repeats} repeats: give a positive number.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,41 +27,35 @@ def compare(
 ) -> None:
     """What changed beyond noise between two sets of records. Status 1 if something became worse."""
     check_file(json_file)
-    from llmlab.measure.compare import KEY
-    from llmlab.measure.compare import compare as run
+    from llmlab.measure import compare as records
 
-    changes = run(a, b)
-    for key, rows in changes[changes["verdict"] != "equal"].groupby(list(KEY), sort=False, dropna=False):
-        console.print(changes_table(dict(zip(KEY, key, strict=True)), rows))
+    changes = records.compare(a, b)
+    for key, rows in changes[changes["verdict"] != "equal"].groupby(list(records.KEY), sort=False, dropna=False):
+        console.print(changes_table(records.title(key), rows))
     console.print("change: of A, with its 95 % interval; verdicts at 5 % over all metrics together (Holm)", style="dim")
     for note in changes.attrs["notes"]:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     counts = changes["verdict"].str.partition(":")[0].value_counts()
     console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()), highlight=False)
-    found = json.loads(changes.to_json(orient="records", double_precision=15))
-    write_json(json_file, {"a": str(a), "b": str(b), "notes": changes.attrs["notes"], "changes": found})
+    rows = json.loads(changes.to_json(orient="records", double_precision=15))
+    write_json(json_file, {"a": str(a), "b": str(b), "notes": changes.attrs["notes"], "changes": rows})
     if "worse" in counts:
         raise typer.Exit(1)
 
 
-def changes_table(key: dict[str, Any], rows: pd.DataFrame) -> Table:
-    """The metrics of one key as a table: both sides, the change with its interval, the verdict."""
-    title = f"{key['task']}: {key['model']} {key['transformation']} {key['dtype']}, {key['device']}, n {key['n']}"
+def changes_table(title: str, rows: pd.DataFrame) -> Table:
+    """The metrics of one run as a table: both sides, the change with its interval, the verdict."""
     table = Table(title=escape(title), title_justify="left")
     for column in ("metric", "A", "B", "change", "verdict"):
         table.add_column(column, justify="left" if column in ("metric", "verdict") else "right", overflow="fold")
     for row in rows.to_dict("records"):
-        cells = [row["metric"], _number(row["a"], row["unit"]), _number(row["b"], row["unit"]), _change(row)]
+        values = ("" if row[side] != row[side] else f"{row[side]:.4g} {row['unit']}".rstrip() for side in "ab")
         style = COLOURS.get(row["verdict"], "" if row["p"] >= 0 else "dim")
-        table.add_row(*map(escape, map(str, [*cells, row["verdict"]])), style=style)
+        table.add_row(*map(escape, (row["metric"], *values, _change(row), row["verdict"])), style=style)
     return table
 
 
-def _number(value: float, unit: Any) -> str:
-    return "" if value != value else f"{value:.4g} {unit}".rstrip()
-
-
-def _change(row: Mapping[Any, Any]) -> str:
+def _change(row: dict[Hashable, Any]) -> str:
     if row["change"] != row["change"]:
         return ""
     form = "{:+.1%}" if row["scale"] == "ratio" else "{:+.3g}"

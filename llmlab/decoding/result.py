@@ -59,6 +59,13 @@ class GenerateResult:
     speculation: Tally | None = None
     task: str = "generate"
     data: str = "prompts"
+    memory_bytes: int | None = None
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What was run, for a Record."""
+        sampling = {"temperature": f"{self.temperature:g}"}
+        return sampling | {"batch_size": str(self.batch_size), "draft": self.draft}
 
     @property
     def n(self) -> int:

@@ -19,8 +19,8 @@ from llmlab.data import Question
 from llmlab.decoding.result import Completion
 from llmlab.jobs.rank_parts import Job, Options, ScoredPart, generate_part, quantize_part, score_part
 from llmlab.kernels.fast import default_dtype
+from llmlab.quantization.calibration import ROWS
 from llmlab.quantization.grid import Scheme
-from llmlab.quantization.walk import ROWS
 from llmlab.scoring.score import ScoreResult, summarize
 from llmlab.scoring.scores import Scores, Work
 from llmlab.sharding.cuts import Cuts

@@ -17,9 +17,10 @@ from llmlab.decoding.result import GenerateResult
 from llmlab.kernels.packing import Quantized
 from llmlab.kernels.plain import fastest_matmuls
 from llmlab.model.layerwise import stream
+from llmlab.quantization.calibration import calibration_rows
 from llmlab.quantization.gptq import Factor, gptq, relative_error
 from llmlab.quantization.grid import Scheme
-from llmlab.quantization.walk import Report, calibration_rows, quantize
+from llmlab.quantization.walk import Alone, Walk
 from llmlab.scoring.attention import tries_attend
 from llmlab.scoring.encode import Sequence, encode
 from llmlab.scoring.shared import Totals, passes
@@ -138,25 +139,32 @@ def quantize_part(
     calibration = calibration_rows(lm, text, rows=rows)
     if len(calibration) < rank.size:
         raise InputError(f"{len(calibration)} calibration rows for {rank.size} ranks: give at least one a rank.")
-    report = Report()
+    rows_of_rank = calibration[rank.index :: rank.size]
+    walk = Walk(lm, scheme, "gptq", rows_of_rank, read_layer=read_layer, workers=_Together(rank))
+    dist.barrier()
+    quantized = walk.run()
+    if rank.index == 0:
+        quantized.save(folder)
+    dist.barrier()
+    return {"seconds": walk.report.seconds, "linears": walk.report.linears, "tokens": walk.report.tokens}
 
-    def solve(weight: torch.Tensor, factor: Factor, scheme: Scheme) -> Quantized:
-        bounds = [len(weight) * i // rank.size for i in range(rank.size + 1)]
-        part = gptq(weight[bounds[rank.index] : bounds[rank.index + 1]], factor, scheme)
+
+class _Together(Alone):
+    """Ranks that share the calibration rows and the rows of each matrix."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
+
+    def add_up(self, total: torch.Tensor) -> None:
+        dist.all_reduce(total)
+
+    def solve(self, weight: torch.Tensor, factor: Factor, scheme: Scheme) -> Quantized:
+        bounds = [len(weight) * i // self.rank.size for i in range(self.rank.size + 1)]
+        part = gptq(weight[bounds[self.rank.index] : bounds[self.rank.index + 1]], factor, scheme)
         whole = [_gathered(t, bounds) for t in (part.codes, part.scales, part.zeros)]
         result = Quantized(whole[0], whole[1], whole[2], part.g_idx)
         result.error = relative_error(weight.float(), result, factor.hessian)
         return result
-
-    own = calibration[rank.index :: rank.size]
-    dist.barrier()
-    quantized = quantize(
-        lm, scheme=scheme, calibration=own, read_layer=read_layer, report=report, reduce=dist.all_reduce, solve=solve
-    )
-    if rank.index == 0:
-        quantized.save(folder)
-    dist.barrier()
-    return {"seconds": report.seconds, "linears": report.linears, "tokens": int(calibration.numel())}
 
 
 def _gathered(part: torch.Tensor, bounds: list[int]) -> torch.Tensor:

@@ -130,13 +130,12 @@ class QuantLinear(torch.nn.Module):
         alike = all(m.bits == self.bits and torch.equal(m.g_idx, self.g_idx) for m in every)
         if not alike or len({m.bias is None for m in every}) > 1 or any(m.out_features * m.bits % 32 for m in every):
             return None
-        made = QuantLinear(self.in_features, outputs, self.bits, self.groups, self.bias is not None)
-        made.qweight = torch.cat([m.qweight for m in every], dim=1)
-        made.qzeros = torch.cat([m.qzeros for m in every], dim=1)
-        made.scales = torch.cat([m.scales for m in every], dim=1)
-        made.g_idx = self.g_idx
-        made.bias = None if self.bias is None else torch.cat([m.bias for m in every if m.bias is not None])
-        return made
+        joined = QuantLinear(self.in_features, outputs, self.bits, self.groups, self.bias is not None)
+        for part in ("qweight", "qzeros", "scales"):
+            setattr(joined, part, torch.cat([getattr(m, part) for m in every], dim=1))
+        joined.g_idx = self.g_idx
+        joined.bias = None if self.bias is None else torch.cat([m.bias for m in every if m.bias is not None])
+        return joined
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -205,18 +204,12 @@ def _random(in_features: int, out_features: int, bits: int) -> QuantLinear:
     return QuantLinear.pack(Quantized(codes, torch.rand(out_features, groups).half(), zeros, g_idx), bits)
 
 
-def replace_linears(layer: torch.nn.Module, packed: dict[str, QuantLinear]) -> None:
-    """Put each QuantLinear in the place of the Linear of that name."""
-    for name, linear in packed.items():
-        parent, _, child = name.rpartition(".")
-        setattr(layer.get_submodule(parent), child, linear)
+def quant_linears(model: torch.nn.Module) -> list[QuantLinear]:
+    """The packed Linears of a model."""
+    return [module for module in model.modules() if isinstance(module, QuantLinear)]
 
 
-def prepare(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, int]:
-    """Choose kernels for every QuantLinear of a model; returns how many use which."""
-    counts: dict[str, int] = {}
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.prepare(dtype)
-            counts[module.kernel] = counts.get(module.kernel, 0) + 1
-    return counts
+def prepare(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Choose a kernel for every QuantLinear of a model (see `QuantLinear.prepare`)."""
+    for linear in quant_linears(model):
+        linear.prepare(dtype)

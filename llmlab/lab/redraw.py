@@ -16,7 +16,7 @@ from llmlab.base.stats import Metric
 from llmlab.bench.combination import combinations, comparable
 from llmlab.lab.figures import common as figures
 from llmlab.lab.figures import tradeoffs as tradeoff_figures
-from llmlab.measure.record import read_records
+from llmlab.measure.record import as_frame, read_records
 from llmlab.measure.roofline import Peaks
 
 REFERENCE = PACKAGE.parent / "data" / "reference"
@@ -64,14 +64,7 @@ def roofline(records: Rows) -> Figure:
 
 def trade_offs(records: Rows) -> Figure:
     """The front of notebook 06: what speed of writing costs in perplexity, over the whole grid."""
-    rows = []
-    for record in records:
-        row = {key: value for key, value in record.items() if key != "metrics"} | {"cpu": record["hardware"]["cpu"]}
-        for name, metric in record["metrics"].items():
-            row |= {name: metric["value"], f"{name}_low": metric["low"], f"{name}_high": metric["high"]}
-        rows.append(row)
-    points = comparable(combinations(pd.DataFrame(rows)) if rows else pd.DataFrame())
-    points.attrs["units"] = {"decode_tokens_per_second": "token/s", "perplexity_ratio": "x"}
+    points = comparable(combinations(as_frame(records)))
     return tradeoff_figures.pareto_front(
         points, "decode_tokens_per_second", "perplexity_ratio", "What speed costs: every combination, and the best ones"
     )

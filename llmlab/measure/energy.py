@@ -11,8 +11,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
 
 import torch
 
@@ -41,16 +42,6 @@ class Energy:
         return f"not measured here: {self.source}" if self.joules is None else f"{self.joules:.4g} J ({self.source})"
 
 
-class _Counter(Protocol):
-    """A counter of one device."""
-
-    name: str
-
-    def read(self) -> float:
-        """Joules since the counter was made."""
-        ...
-
-
 class _Unavailable(Exception):
     """Why there is no counter, as it is shown to people."""
 
@@ -71,9 +62,8 @@ def measure_energy(run: Callable[[], object], device: torch.device, *, powercap:
     except _Unavailable as why:
         run()
         return Energy(None, 0.0, str(why))
-    sampler = _Sampler(counters)
     synchronize()
-    sampler.start()
+    sampler = _Sampler(counters)
     try:
         run()
         synchronize()
@@ -95,56 +85,24 @@ def availability(device: torch.device, *, powercap: Path = POWERCAP) -> tuple[bo
         return False, str(why)
 
 
-class _Rapl:
-    """One package's counter of microjoules, which starts over at a maximum."""
+class _Counter:
+    """A counter of one device's energy (J), or of its power (W), which is integrated by the trapezoidal rule."""
 
-    def __init__(self, domain: Path) -> None:
-        self.name = f"RAPL {(domain / 'name').read_text().strip()}"
-        self._counter = domain / "energy_uj"
-        self._range = int((domain / "max_energy_range_uj").read_text())
-        self._last, self._total = self._now(), 0
-
-    def read(self) -> float:
-        now = self._now()
-        self._total += now - self._last if now >= self._last else now + self._range - self._last
-        self._last = now
-        return self._total / 1e6
-
-    def _now(self) -> int:
-        return int(self._counter.read_text())
-
-
-class _NvmlEnergy:
-    """One GPU's counter of millijoules (Volta and later)."""
-
-    def __init__(self, nvml: Any, handle: Any, index: int) -> None:
-        self.name = f"NVML energy counter of GPU {index}"
-        self._nvml, self._handle = nvml, handle
-        self._first = self._now()
+    def __init__(self, name: str, now: Callable[[], float], *, maximum: float = 0.0, power: bool = False) -> None:
+        self.name = name
+        self._now, self._power = now, power
+        self._maximum = maximum  # where it starts over
+        self._last, self._moment, self._joules = now(), time.perf_counter(), 0.0
 
     def read(self) -> float:
-        return self._now() - self._first
-
-    def _now(self) -> float:
-        return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
-
-
-class _NvmlPower:
-    """One GPU's power in milliwatts, integrated over the readings by the trapezoidal rule."""
-
-    def __init__(self, nvml: Any, handle: Any, index: int) -> None:
-        self.name = f"NVML power of GPU {index}, sampled every {INTERVAL:g} s"
-        self._nvml, self._handle = nvml, handle
-        self._last, self._total = self._now(), 0.0
-
-    def read(self) -> float:
-        now = self._now()
-        self._total += (now[0] - self._last[0]) * (now[1] + self._last[1]) / 2
-        self._last = now
-        return self._total
-
-    def _now(self) -> tuple[float, float]:
-        return time.perf_counter(), float(self._nvml.nvmlDeviceGetPowerUsage(self._handle)) / 1000
+        """Joules since the counter was made."""
+        now, moment = self._now(), time.perf_counter()
+        if self._power:
+            self._joules += (moment - self._moment) * (now + self._last) / 2
+        else:
+            self._joules += now - self._last + (self._maximum if now < self._last else 0.0)
+        self._last, self._moment = now, moment
+        return self._joules
 
 
 class _Sampler:
@@ -152,26 +110,23 @@ class _Sampler:
 
     def __init__(self, counters: list[_Counter]) -> None:
         self._counters = counters
+        self._failure: str | None = None
+        self._begin = self._end = time.perf_counter()
+        self._before = self._joules = self._read()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="llmlab-energy", daemon=True)
-        self._failure: str | None = None
-        self._first = self._seconds = self._joules = 0.0
-
-    def start(self) -> None:
-        self._first = time.perf_counter()
-        self._before = self._read()
         self._thread.start()
 
     def stop(self) -> None:
         self._stop.set()
         self._thread.join()
-        self._joules = self._read() - self._before
-        self._seconds = time.perf_counter() - self._first
+        self._joules, self._end = self._read(), time.perf_counter()
 
     def energy(self) -> Energy:
         if self._failure:
-            return Energy(None, self._seconds, self._failure)
-        return Energy(self._joules, self._seconds, ", ".join(counter.name for counter in self._counters))
+            return Energy(None, self._end - self._begin, self._failure)
+        source = ", ".join(counter.name for counter in self._counters)
+        return Energy(self._joules - self._before, self._end - self._begin, source)
 
     def _watch(self) -> None:
         while not self._failure and not self._stop.wait(INTERVAL):
@@ -193,18 +148,25 @@ def _counters(device: torch.device, powercap: Path) -> list[_Counter]:
 
 
 def _package_counters(powercap: Path) -> list[_Counter]:
-    found: list[_Counter] = []
+    counters = []
     for domain in sorted(powercap.glob("intel-rapl:*")):
         try:
-            if (domain / "name").read_text().startswith("package"):  # its parts (core, dram) have domains of their own
-                found.append(_Rapl(domain))
+            name = (domain / "name").read_text().strip()
+            if name.startswith("package"):  # its parts (core, dram) have domains of their own
+                maximum = _joules(domain / "max_energy_range_uj")
+                counters.append(_Counter(f"RAPL {name}", partial(_joules, domain / "energy_uj"), maximum=maximum))
         except PermissionError:
             raise _Unavailable(f"RAPL is there but readable by root alone (chmod a+r {domain}/energy_uj)") from None
         except (OSError, ValueError) as error:
             raise _Unavailable(f"RAPL cannot be read: {error}") from None
-    if not found:
+    if not counters:
         raise _Unavailable(f"no RAPL package domain in {powercap} (virtual machines seldom have one)")
-    return found
+    return counters
+
+
+def _joules(file: Path) -> float:
+    """A number of the powercap tree, which counts microjoules."""
+    return int(file.read_text()) / 1e6
 
 
 def _gpu_counters(device: torch.device) -> list[_Counter]:
@@ -222,10 +184,12 @@ def _gpu_counters(device: torch.device) -> list[_Counter]:
         raise _Unavailable(f"NVML cannot read energy or power: {error}") from None
 
 
-def _gpu_counter(nvml: Any, index: int) -> _Counter:
+def _gpu_counter(nvml: ModuleType, index: int) -> _Counter:
     # By UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's.
     handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
-    try:
-        return _NvmlEnergy(nvml, handle, index)
+    try:  # a counter of millijoules: Volta and later
+        name = f"NVML energy counter of GPU {index}"
+        return _Counter(name, lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000)
     except nvml.NVMLError:
-        return _NvmlPower(nvml, handle, index)
+        name = f"NVML power of GPU {index}, sampled every {INTERVAL:g} s"
+        return _Counter(name, lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000, power=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,18 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate",
 OPTIONAL = (
     "gguf", "datasets", "bitsandbytes", "triton", "gptqmodel", "lm_eval", "ray", "papermill", "nbconvert", "matplotlib"
 )  # fmt: skip
+Facts = dict[str, Any]  # ready for JSON
+NO_GPU, MISSING = "no CUDA device", "not installed: pip install 'llmlab[{}]'"
 
 
 def versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
     """Installed versions by package name; packages that are not installed are left out."""
-    found = {}
+    installed = {}
     for name in names:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             # torch's own word, "2.13.0+cu130": its metadata in the ordinary index leave out which build it is.
-            found[name] = torch.__version__ if name == "torch" else importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+            installed[name] = torch.__version__ if name == "torch" else importlib.metadata.version(name)
+    return installed
 
 
 @functools.cache
@@ -61,11 +63,9 @@ def git_commit() -> str | None:
 def cpu_name() -> str:
     """The processor's marketing name."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def usable_cores() -> int:
@@ -73,17 +73,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def gpus() -> list[dict[str, Any]]:
+def gpus() -> list[Facts]:
     """Every NVIDIA GPU: name, compute capability, memory in bytes, and whether this build of torch can use it."""
-    here = nvidia()
-    good = usable(here)
+    good = usable(nvidia())
     return [
-        {"name": c.name, "capability": dotted(c.capability), "memory": c.memory, "usable": index in good}
-        for index, c in enumerate(here.cards)
+        asdict(card) | {"capability": dotted(card.capability), "usable": index in good}
+        for index, card in enumerate(nvidia().cards)
     ]
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> Facts:
     """The machine, as it goes into every record."""
     return {
         "cpu": cpu_name(),
@@ -100,8 +99,8 @@ def kernels() -> list[tuple[str, bool, str]]:
     """Every kernel llmlab can use: (what, usable here, why or why not)."""
     cards = [nvidia().cards[index] for index in usable(nvidia())]
     capability = min((card.capability for card in cards if card.capability), default=None)
-    no_gpu = "no CUDA device"
     bf16_gpu = capability is not None and capability >= (8, 0)
+    bf16_why = f"compute capability {dotted(capability)}{'' if bf16_gpu else ', needs 8.0'}"
     have = versions(OPTIONAL)
     faster = fastest_library(torch.float32) == "oneDNN"
     return [
@@ -111,11 +110,11 @@ def kernels() -> list[tuple[str, bool, str]]:
         ("fp16 matmul, CPU", True, _half_on_cpu(torch.float16)),
         ("int4 packed matmul, CPU", True, "torch, activations rounded to bf16"),
         ("int8 packed matmul, CPU", True, "torch, activations rounded to bf16"),
-        ("bf16 matmul, GPU", bf16_gpu, _why(capability, (8, 0)) if cards else no_gpu),
+        ("bf16 matmul, GPU", bf16_gpu, bf16_why if capability else NO_GPU),
         ("int4 packed matmul, GPU", False, "torch has one, llmlab uses Triton's"),
-        ("2, 3, 4, 8-bit matmul, GPU, Triton", bool(cards) and "triton" in have, "package triton" if cards else no_gpu),
-        ("bitsandbytes int8, nf4, fp4", "bitsandbytes" in have, _or_install(have.get("bitsandbytes"), "gpu")),
-        ("GGUF files", "gguf" in have, _or_install(have.get("gguf"), "demo")),
+        ("2, 3, 4, 8-bit matmul, GPU, Triton", bool(cards) and "triton" in have, "package triton" if cards else NO_GPU),
+        ("bitsandbytes int8, nf4, fp4", "bitsandbytes" in have, have.get("bitsandbytes", MISSING.format("gpu"))),
+        ("GGUF files", "gguf" in have, have.get("gguf", MISSING.format("demo"))),
     ]
 
 
@@ -124,7 +123,7 @@ def energy() -> list[tuple[str, bool, str]]:
     return [(f"energy, {name}", *availability(torch.device(kind))) for name, kind in (("CPU", "cpu"), ("GPU", "cuda"))]
 
 
-def inventory() -> dict[str, Any]:
+def inventory() -> Facts:
     """Everything a bug report needs, ready for JSON.
 
     Keys: `llmlab`, `commit`, `hardware`, `libraries`, `builtin_model`, `kernels`, `fast` (measured on this CPU:
@@ -148,17 +147,6 @@ def inventory() -> dict[str, Any]:
         "advice": fast.advice(device),
         "energy": [{"device": what, "usable": usable, "reason": why} for what, usable, why in energy()],
     }
-
-
-def _why(capability: tuple[int, ...] | None, needed: tuple[int, int]) -> str:
-    if capability is None:
-        return "no CUDA device"
-    text = f"compute capability {'.'.join(map(str, capability))}"
-    return text if capability >= needed else f"{text}, needs {needed[0]}.{needed[1]}"
-
-
-def _or_install(version: str | None, extra: str) -> str:
-    return version or f"not installed: pip install 'llmlab[{extra}]'"
 
 
 def _half_on_cpu(dtype: torch.dtype) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,13 +18,16 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that `run` needed at its peak above what was in use before; None where the system cannot tell.
 
     On CUDA what torch's allocator handed out; on Linux the process's resident memory, whose high-water mark the kernel
-    resets on request.
+    resets on request. What earlier work freed is given back first: reused, it would not count.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc has it, musl does not
+        gc.collect()
+        libc.malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import DynamicCache
@@ -24,6 +24,7 @@ class Phase:
     tokens: int
     flops: int
     bytes_read: int
+    settings: dict[str, str] = field(default_factory=dict)
 
     @property
     def intensity(self) -> float:
@@ -56,7 +57,7 @@ def decode_step(lm: LM, context: int, *, seed: int = 0) -> Phase:
         cache.crop(-1)  # forget the token again
 
     read = lm.card.bytes_read_per_pass + context * lm.card.kv_bytes_per_token
-    return Phase("one decode step", run, 1, lm.card.flops_per_token(context), read)
+    return Phase("one decode step", run, 1, lm.card.flops_per_token(context), read, {"context": str(context)})
 
 
 def utilization(phase: Phase, timing: Timing, peaks: Peaks) -> Measurement:
@@ -77,6 +78,7 @@ def utilization(phase: Phase, timing: Timing, peaks: Peaks) -> Measurement:
         },
         n=phase.tokens,
         protocol=f"{phase.name}, batch 1, transformers' eager forward; median of interleaved repeats",
+        settings=phase.settings,
     )
 
 

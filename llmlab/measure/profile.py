@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pandas as pd
+import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.hooks import RemovableHandle
 
 from llmlab.model.lm import LM
 
@@ -36,23 +37,9 @@ def module_times(lm: LM, run: Callable[[], object], *, warmup: int = 1) -> pd.Da
         run()
     on_gpu = lm.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    open_ranges: list[Any] = []
-
-    def enter(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            span = record_function(f"llmlab::{name}")
-            span.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            open_ranges.append(span)
-
-        return hook
-
-    def leave(*_: object) -> None:
-        open_ranges.pop().__exit__(None, None, None)
-
     handles = []
     for name, group in _module_groups(lm).items():
-        module = lm.model.get_submodule(name)
-        handles += [module.register_forward_pre_hook(enter(group)), module.register_forward_hook(leave)]
+        handles += _marked(lm.model.get_submodule(name), record_function(f"llmlab::{group}"))
     try:
         with profile(activities=activities) as profiler, record_function("llmlab::" + REST):
             run()
@@ -60,6 +47,18 @@ def module_times(lm: LM, run: Callable[[], object], *, warmup: int = 1) -> pd.Da
         for handle in handles:
             handle.remove()
     return _table(profiler, on_gpu)
+
+
+def _marked(module: torch.nn.Module, span: record_function) -> list[RemovableHandle]:
+    """Hooks that open a range of the profiler before a module's forward pass and close it behind."""
+
+    def enter(*_: object) -> None:
+        span.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+    def leave(*_: object) -> None:
+        span.__exit__(None, None, None)
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
 
 def _module_groups(lm: LM) -> dict[str, str]:
@@ -74,15 +73,12 @@ def _module_groups(lm: LM) -> dict[str, str]:
     return groups
 
 
-def _table(profiler: Any, on_gpu: bool) -> pd.DataFrame:
+def _table(profiler: profile, on_gpu: bool) -> pd.DataFrame:
     # Ranges nest: what a range's own children took belongs to them. Totals include children, so subtract those that
     # stand directly below: projections below the attention core, everything below the outermost range.
     field = "device_time_total" if on_gpu else "cpu_time_total"
-    totals = {
-        event.key.removeprefix("llmlab::"): getattr(event, field) / 1e6
-        for event in profiler.key_averages()
-        if event.key.startswith("llmlab::")
-    }
+    ours = [event for event in profiler.key_averages() if event.key.startswith("llmlab::")]
+    totals = {event.key.removeprefix("llmlab::"): getattr(event, field) / 1e6 for event in ours}
     everything = totals.pop(REST)
     totals[CORE] = max(0.0, totals.get(CORE, 0.0) - totals.get("attention projections", 0.0))
     totals[REST] = max(0.0, everything - sum(totals.values()))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -82,7 +81,7 @@ class ModelCard:
         """
         return (self.linear_parameters + self.head_parameters) * DTYPE_BYTES[self.dtype]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """All fields and the derived costs, ready for JSON."""
         derived = {
             "bytes": self.bytes,
@@ -117,11 +116,11 @@ class ModelCard:
         return "\n".join(f"{what:<15} {value}" for what, value in self.rows())
 
 
-def card_from_config(config: Any, name: str, dtype: str) -> ModelCard:
+def card_from_config(config: PreTrainedConfig, name: str, dtype: str) -> ModelCard:
     """Count a transformers config's model without allocating it.
 
     Args:
-        config: a `PretrainedConfig` of a decoder-only architecture.
+        config: the config of a decoder-only architecture.
         name: what to call the model.
         dtype: "fp32", "fp16" or "bf16": the dtype in which it is to run.
     """

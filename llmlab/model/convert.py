@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from llmlab.kernels.fast import packed_dtype
-from llmlab.kernels.packed_linear import QuantLinear, prepare
+from llmlab.kernels.packed_linear import QuantLinear, prepare, quant_linears
 from llmlab.model.lm import DTYPES, LM, check_dtype
 
 
@@ -22,12 +22,16 @@ def with_dtype(lm: LM, dtype: str | None = None) -> LM:
     Raises InputError for an unknown dtype.
     """
     dtype = check_dtype(dtype or packed_dtype(lm.device), lm.device)
-    model = copy.deepcopy(lm.model)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(DTYPES[dtype])
-    for module in model.modules():
-        if isinstance(module, QuantLinear) and module.bias is not None:
-            module.bias = module.bias.to(DTYPES[dtype])
+    # deepcopy takes what its memo has under a tensor's id: nothing is copied that the new dtype replaces.
+    memo: dict[int, object] = {
+        id(p): torch.nn.Parameter(p.detach().to(DTYPES[dtype], copy=True), requires_grad=p.requires_grad)
+        for p in lm.model.parameters()
+    }
+    for linear in quant_linears(lm.model):
+        memo[id(linear.fast)] = None  # a kernel's own copy of the weights: it makes a new one below
+        if linear.bias is not None:
+            memo[id(linear.bias)] = linear.bias.to(DTYPES[dtype], copy=True)
+    model = copy.deepcopy(lm.model, memo)
     model.config.dtype = DTYPES[dtype]
     prepare(model, DTYPES[dtype])
     return replace(lm, model=model, card=replace(lm.card, dtype=dtype))
@@ -38,22 +42,22 @@ def dequantized(lm: LM) -> LM:
 
     For measuring what a grid loses, which needs no packed kernel.
     """
-    model = copy.deepcopy(lm.model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantLinear):
-            plain = torch.nn.Linear(
-                module.in_features, module.out_features, bias=module.bias is not None, device="meta"
-            )
-            plain.weight = torch.nn.Parameter(module.dequantize(lm.model.dtype).contiguous(), requires_grad=False)
-            if module.bias is not None:
-                plain.bias = torch.nn.Parameter(module.bias, requires_grad=False)
-            model.set_submodule(name, plain)
+    plain = {id(linear): _plain(linear, lm.model.dtype) for linear in quant_linears(lm.model)}
+    model = copy.deepcopy(lm.model, plain)  # deepcopy takes what its memo has in the place of each QuantLinear
     del model.config.quantization_config
     return replace(lm, model=model)
 
 
+def _plain(packed: QuantLinear, dtype: torch.dtype) -> torch.nn.Linear:
+    linear = torch.nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
+    linear.weight = torch.nn.Parameter(packed.dequantize(dtype).contiguous(), requires_grad=False)
+    if packed.bias is not None:
+        linear.bias = torch.nn.Parameter(packed.bias.clone(), requires_grad=False)
+    return linear
+
+
 def bits_per_weight(model: torch.nn.Module) -> float:
     """Bits that a weight of a model's QuantLinears takes as saved: codes and grids, not biases or a kernel's copies."""
-    linears = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    linears = quant_linears(model)
     saved = [b for m in linears for name, b in m.named_buffers(recurse=False) if name != "bias"]
-    return 8 * sum(b.numel() * b.element_size() for b in saved) / sum(m.in_features * m.out_features for m in linears)
+    return 8 * sum(b.nbytes for b in saved) / sum(m.in_features * m.out_features for m in linears)

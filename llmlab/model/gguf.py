@@ -10,15 +10,17 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_gguf_pytorch_utils
 
 from llmlab.base.errors import InputError
 from llmlab.base.paths import cache_folder, check_writable
 from llmlab.model.sources import Source, fingerprint, read_config
+
+# The reader of GGUF files has a bar of its own: it shall obey transformers' switch, as all others do.
+modeling_gguf_pytorch_utils.tqdm = transformers.utils.logging.tqdm
 
 
 def converted(source: Source, *, create: bool = True) -> Source:
@@ -65,13 +67,13 @@ def _convert(source: Source, target: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _read(source: Source) -> Any:
-    options: dict[str, Any] = {}
+def _read(source: Source) -> PreTrainedModel:
+    options: dict[str, object] = {}
     if hasattr(transformers, "GgufConfig"):  # newer transformers keep weights packed where they have a kernel
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(**source.transformers_args, dtype=torch.float32, **options)
     # The loader leaves markers that make save_pretrained refuse; the weights are plain by now.
-    model.config.__dict__.pop("quantization_config", None)
+    vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None
     model.is_quantized = False
     return model

@@ -7,23 +7,36 @@ Zero points are stored minus one ("gptq"), or as they are ("gptq_v2"). `LM.save`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmlab.base.errors import InputError
-from llmlab.kernels.packed_linear import QuantLinear, prepare, replace_linears
+from llmlab.kernels.packed_linear import QuantLinear, prepare
 from llmlab.kernels.packing import BITS, pack, unpack
+from llmlab.model.fill import Tensors, empty_model, fill
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def settings_of(config: Any) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class GPTQSettings:
+    """How a checkpoint is packed: `raw` is what config.json says, the rest what reading needs of it."""
+
+    bits: int
+    group_size: int
+    zeros_as_they_are: bool
+    raw: dict[str, object]
+
+    @property
+    def transformation(self) -> str:
+        """As `LM.transformation` names it."""
+        return f"gptq {self.bits} bits, group {self.group_size}"
+
+
+def settings_of(config: PreTrainedConfig) -> GPTQSettings | None:
     """The GPTQ settings in a transformers config; None if the model is not quantized with GPTQ.
 
     Raises InputError for settings that llmlab cannot run.
@@ -39,111 +52,72 @@ def settings_of(config: Any) -> dict[str, Any] | None:
         raise InputError(f"the checkpoint has {bits!r} bits: llmlab reads {', '.join(map(str, BITS))}.")
     if layout not in ("gptq", "gptq_v2"):
         raise InputError(f"the checkpoint's format is {layout!r}: llmlab reads 'gptq' and 'gptq_v2'.")
-    return settings
+    return GPTQSettings(bits, settings["group_size"], layout == "gptq_v2", settings)
 
 
-def read_model(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def read_model(
+    folder: Path, config: PreTrainedConfig, settings: GPTQSettings, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     """The quantized model in a folder.
 
     Args:
         folder: with safetensors files.
-        config: its transformers config, with GPTQ settings.
+        config: its transformers config.
+        settings: the GPTQ settings in it.
         dtype: of the activations and of all that is not quantized.
         device: where it goes.
 
     Raises:
         InputError: a tensor is missing, superfluous, of a wrong shape, or holds what it must not; names the tensor.
     """
-    settings = settings_of(config)
-    assert settings is not None
-    del config.quantization_config  # or transformers would look for a quantizer of its own
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    config.quantization_config = settings
-    expected = dict(model.named_parameters(remove_duplicate=False))
-    seen: set[str] = set()
-    packed: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in _tensors(folder):
-        owner, _, part = name.rpartition(".")
-        if part in PARTS and f"{owner}.weight" in expected and name not in expected:
-            packed.setdefault(owner, {})[part] = tensor
-        elif part == "bias" and name in expected:
-            _check_shape(folder, name, tensor, expected[name].shape)
-            packed.setdefault(owner, {})[part] = tensor
-            _assign(model, name, tensor, dtype, device)
-        elif name in expected:
-            _check_shape(folder, name, tensor, expected[name].shape)
-            _assign(model, name, tensor, dtype, device)
-        else:
-            raise InputError(f"{folder}: the tensor {name} has no place in a {config.model_type} model.")
-        seen.add(name)
-    linears = {}
-    for owner, parts in packed.items():
-        if set(parts) == {"bias"}:
-            continue  # of a Linear that is not quantized
-        linear = model.get_submodule(owner)
-        if type(linear) is not torch.nn.Linear:
-            raise InputError(f"{folder}: {owner}.qweight belongs to no Linear of a {config.model_type} model.")
-        linears[owner] = _quant_linear(folder, owner, parts, linear, settings, dtype).to(device)
-    replace_linears(model, linears)
-    if config.tie_word_embeddings:
-        model.tie_weights()
-    missing = [name for name, p in model.named_parameters() if p.is_meta]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{folder}: the tensor {missing[0]} is missing{more}.")
-    model.to(device).eval().requires_grad_(False)
+    model = empty_model(config, dtype)
+    model.config.quantization_config = settings.raw
+    tensors = Tensors(folder, model.base_model_prefix)
+    packed = pack_empty(model, tensors, settings)
+    # Some writers give every packed Linear a bias, of zeros where the model has none.
+    known = {tensors.stored_name(name) for name in [*model.state_dict(), *(f"{name}.bias" for name in packed)]}
+    if unknown := tensors.files.keys() - known:
+        raise InputError(f"{folder}: the tensor {min(unknown)} has no place in a {config.model_type} model.")
+    fill(model, tensors, device)
+    for name, linear in packed.items():
+        finish_packed(linear, f"{folder}: the tensor {name}", settings)
     prepare(model, dtype)
     return model
 
 
-def _quant_linear(
-    folder: Path, owner: str, parts: dict[str, torch.Tensor], plain: Any, settings: dict[str, Any], dtype: torch.dtype
-) -> QuantLinear:
-    bits, size = settings["bits"], settings["group_size"]
-    columns, rows = plain.in_features, plain.out_features
-    groups = 1 if size == -1 else -(-columns // size)
-    linear = QuantLinear(columns, rows, bits, groups, plain.bias is not None)
-    parts.setdefault("g_idx", (torch.arange(columns) // (columns if size == -1 else size)).int())
-    for part in PARTS[: 5 if plain.bias is not None else 4]:
-        name, buffer = f"{owner}.{part}", getattr(linear, part)
-        if part not in parts:
-            raise InputError(f"{folder}: the tensor {name} is missing.")
-        tensor = parts[part]
-        _check_shape(folder, name, tensor, buffer.shape)
-        if tensor.is_floating_point() != buffer.is_floating_point():
-            raise InputError(f"{folder}: the tensor {name} is {tensor.dtype}, expected {buffer.dtype}.")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(f"{folder}: the tensor {name} holds NaN or infinity.")
-        if part == "g_idx" and not (int(tensor.min()) >= 0 and int(tensor.max()) < groups):
-            raise InputError(f"{folder}: the tensor {name} names a group outside 0 .. {groups - 1}.")
-        setattr(linear, part, tensor.to(dtype if part == "bias" else buffer.dtype))
-    if settings.get("checkpoint_format") == "gptq_v2":
-        zeros = unpack(linear.qzeros.T.contiguous(), bits)
-        linear.qzeros = pack((zeros - 1) & ((1 << bits) - 1), bits).T.contiguous()
-    return linear
+def pack_empty(model: PreTrainedModel, tensors: Tensors, settings: GPTQSettings) -> dict[str, QuantLinear]:
+    """Put an empty QuantLinear in the place of every Linear of an empty model that is stored packed; those, by name."""
+    packed = {}
+    for name, module in list(model.named_modules()):
+        if not any(tensors.has(f"{name}.{part}") for part in PARTS):
+            continue
+        if type(module) is not torch.nn.Linear:
+            raise InputError(
+                f"{tensors.folder}: {name}.qweight belongs to no Linear of a {model.config.model_type} model."
+            )
+        columns, rows = module.in_features, module.out_features
+        size = columns if settings.group_size == -1 else settings.group_size
+        with torch.device("meta"):
+            linear = QuantLinear(columns, rows, settings.bits, -(-columns // size), module.bias is not None)
+        if module.bias is not None:
+            linear.bias = module.bias.detach()
+        linear.g_idx = (torch.arange(columns) // size).int()  # what it is where the files leave it out
+        packed[name] = linear
+        model.set_submodule(name, linear)
+    return packed
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of every safetensors file of a folder, one after another."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{folder} holds no safetensors file.")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  # no mapping
-                    yield name, opened.get_tensor(name)
-        except SafetensorError as error:
-            raise InputError(f"cannot read {file}, it may be truncated: {error}.") from None
+def finish_packed(linear: QuantLinear, what: str, settings: GPTQSettings) -> None:
+    """Check what a filled QuantLinear holds, and store its zero points minus one.
 
-
-def _check_shape(folder: Path, name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
-    if tensor.shape != shape:
-        raise InputError(f"{folder}: the tensor {name} is {list(tensor.shape)}, expected {list(shape)}.")
-
-
-def _assign(model: torch.nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    owner, _, part = name.rpartition(".")
-    parameter = torch.nn.Parameter(tensor.to(device, dtype), requires_grad=False)
-    setattr(model.get_submodule(owner), part, parameter)
+    Raises InputError, which begins with `what`, for scales that are no numbers and groups that do not exist.
+    """
+    if not torch.isfinite(linear.scales).all():
+        raise InputError(f"{what}.scales holds NaN or infinity.")
+    if linear.bias is not None and not torch.isfinite(linear.bias).all():
+        raise InputError(f"{what}.bias holds NaN or infinity.")
+    if ((linear.g_idx < 0) | (linear.g_idx >= linear.groups)).any():
+        raise InputError(f"{what}.g_idx names a group outside 0 .. {linear.groups - 1}.")
+    if settings.zeros_as_they_are:
+        zeros = unpack(linear.qzeros.T.contiguous(), linear.bits)
+        linear.qzeros = pack((zeros - 1) & ((1 << linear.bits) - 1), linear.bits).T.contiguous()

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -17,7 +17,11 @@ from llmlab.base.errors import InputError
 from llmlab.base.paths import new_folder
 from llmlab.kernels import fast
 from llmlab.kernels.cuda import advice, nvidia, usable
+from llmlab.kernels.packed_linear import quant_linears
 from llmlab.model.card import ModelCard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = fast.DTYPES
 DTYPE_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
@@ -36,8 +40,8 @@ class LM:
         transformation: what was done to the weights ("none", "bitsandbytes-nf4", ...).
     """
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
     card: ModelCard
     name: str
     revision: str | None = None
@@ -56,11 +60,10 @@ class LM:
     @property
     def weight_bytes(self) -> int:
         """Bytes that the weights occupy now, packed ones as packed; tied tensors count once."""
-        held = {id(t): t.numel() * t.element_size() for t in self.model.parameters()}
-        for module in self.model.modules():
-            if "qweight" in module._buffers:  # a QuantLinear's weights are buffers: they are not trained
-                held |= {id(t): t.numel() * t.element_size() for t in module.buffers(recurse=False)}
-        return sum(held.values())
+        tensors = list(self.model.parameters())
+        for linear in quant_linears(self.model):  # whose weights are buffers: they are not trained
+            tensors += linear.buffers(recurse=False)
+        return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
     def save(self, folder: str | Path) -> Path:
         """Write the model, quantized or not, and its tokenizer, as transformers reads them (GPTQModel too, if packed).
@@ -107,13 +110,13 @@ class LM:
         turn = [{"role": "user", "content": prompt}]
         return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             raise InputError(f"{self.name} has random weights and no tokenizer: give token ids, or load a real model.")
         return self.tokenizer
 
 
-def decoder_layers(model: Any) -> tuple[str, torch.nn.ModuleList]:
+def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
     """The decoder layers of a transformers model and their name in it ("model.layers", "model.decoder.layers")."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == model.config.num_hidden_layers:

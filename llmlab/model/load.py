@@ -1,28 +1,35 @@
-"""load(): an LM from anywhere: built in, a Hub id, a folder (plain or quantized), a .gguf file, or random weights."""
+"""load(): an LM from anywhere: built in, a Hub id, a folder (plain or quantized), a .gguf file, or random weights.
+
+Packed checkpoints are read by `fill`. Plain weights are left to transformers: it also renames the tensors of old
+checkpoints, merges experts, and quantizes with bitsandbytes on the way.
+"""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
-from unittest import mock
+from dataclasses import replace
 
 import torch
 import transformers
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llmlab.base.errors import InputError
 from llmlab.kernels.fast import packed_dtype
 from llmlab.model.card import ModelCard, card_from_config
+from llmlab.model.fill import local_folder
 from llmlab.model.gguf import converted
-from llmlab.model.gptq_checkpoint import read_model, settings_of
+from llmlab.model.gptq_checkpoint import GPTQSettings, read_model, settings_of
 from llmlab.model.lm import DTYPES, LM, check_device, check_dtype
 from llmlab.model.sources import Source, fingerprint, read_config, resolve, shape_config
-from llmlab.model.weights import local_folder
 
 BITSANDBYTES = ("int8", "nf4", "fp4")
 
@@ -59,50 +66,31 @@ def load(
         InputError: before any weight is read, if the name, a file, the dtype, the device or an option is unusable.
     """
     where = check_device(device)
-    asked, dtype = dtype, check_dtype(dtype, where)
-    _check_bitsandbytes(bitsandbytes)
-    source = resolve(name, revision=revision)
-    if layers is not None and (source.kind != "random" or layers < 1):
-        raise InputError(f"layers={layers}: a positive number of layers can be kept of random:SHAPE models only.")
-    if source.kind == "random" and bitsandbytes:
-        raise InputError("bitsandbytes quantizes at load: random weights are not loaded, choose a real model.")
+    short = check_dtype(dtype, where)
+    source = replace(resolve(name, revision=revision), trust_remote_code=trust_remote_code)
+    _check_options(source, bitsandbytes, layers)
+    if source.kind == "random":
+        return _random(source, short, where, layers, seed)
     local_revision = fingerprint(source)
     if source.kind == "gguf":
-        with _quiet_loading():
+        with _quiet():
             source = converted(source)
-    config = read_config(source, revision=revision, trust_remote_code=trust_remote_code)
-    if layers is not None:
-        config.num_hidden_layers = layers
+    config = read_config(source)
     settings = settings_of(config)
     if settings and bitsandbytes:
         raise InputError(f"{name} is quantized with GPTQ already: load it without bitsandbytes.")
-    if settings and asked is None:
-        dtype = packed_dtype(where)
-    card = card_from_config(config, name, dtype)
-    if source.kind == "random":
-        return LM(_random_model(config, dtype, where, seed), None, card, name, revision=f"seed:{seed}")
-    with _quiet_loading(unless=card.bytes >= 4e9):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                **source.transformers_args, revision=revision, trust_remote_code=trust_remote_code
-            )
-        except ValueError as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{name} has no tokenizer that transformers can read: {reason}") from None
-        lm = LM(
-            None,
-            tokenizer,
-            card,
-            name,
-            revision=getattr(config, "_commit_hash", None) or local_revision,
-            transformation=_transformation(settings, bitsandbytes),
-        )
+    if settings and dtype is None:
+        short = packed_dtype(where)
+    card = card_from_config(config, name, short)
+    with _quiet(unless=card.bytes >= 4e9):
+        commit = getattr(config, "_commit_hash", None) or local_revision
+        lm = LM(None, _tokenizer(source), card, name, commit, _transformation(settings, bitsandbytes))
         if check:
             check(lm)
         if settings:
-            model = read_model(local_folder(source), config, DTYPES[dtype], where)
+            model = read_model(local_folder(source), config, settings, DTYPES[short], where)
         else:
-            model = _read_weights(source, dtype, where, bitsandbytes, revision, trust_remote_code)
+            model = _read_weights(source, DTYPES[short], where, bitsandbytes)
     lm.model = model.eval().requires_grad_(False)
     return lm
 
@@ -120,31 +108,41 @@ def model_card(name: str, *, dtype: str = "fp16") -> ModelCard:
     return card_from_config(config, name, dtype)
 
 
-def _transformation(settings: dict[str, Any] | None, bitsandbytes: str | None) -> str:
+def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(**source.transformers_args)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{source.name} has no tokenizer that transformers can read: {reason}") from None
+
+
+def _transformation(settings: GPTQSettings | None, bitsandbytes: str | None) -> str:
     if settings:
-        return f"gptq {settings['bits']} bits, group {settings['group_size']}"
+        return settings.transformation
     return f"bitsandbytes-{bitsandbytes}" if bitsandbytes else "none"
 
 
-def _check_bitsandbytes(method: str | None) -> None:
-    if method is None:
+def _check_options(source: Source, bitsandbytes: str | None, layers: int | None) -> None:
+    if layers is not None and (source.kind != "random" or layers < 1):
+        raise InputError(f"layers={layers}: a positive number of layers can be kept of random:SHAPE models only.")
+    if bitsandbytes is None:
         return
-    if method not in BITSANDBYTES:
-        raise InputError(f"unknown bitsandbytes method {method!r}: choose one of {', '.join(BITSANDBYTES)}.")
+    if bitsandbytes not in BITSANDBYTES:
+        raise InputError(f"unknown bitsandbytes method {bitsandbytes!r}: choose one of {', '.join(BITSANDBYTES)}.")
+    if source.kind == "random":
+        raise InputError("bitsandbytes quantizes at load: random weights are not loaded, choose a real model.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError("bitsandbytes is not installed: run pip install 'llmlab[gpu]'.")
 
 
 def _read_weights(
-    source: Source, dtype: str, device: torch.device, bitsandbytes: str | None, revision: str | None, trust: bool
-) -> Any:
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "device_map": {"": device}, "use_safetensors": True}
+    source: Source, dtype: torch.dtype, device: torch.device, bitsandbytes: str | None
+) -> PreTrainedModel:
+    options: dict[str, object] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
     if bitsandbytes:
         options["quantization_config"] = _bitsandbytes_config(bitsandbytes, dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            **source.transformers_args, revision=revision, trust_remote_code=trust, **options
-        )
+        return AutoModelForCausalLM.from_pretrained(**source.transformers_args, **options)
     except OSError as error:
         # The config was readable, so what is missing are weights in the one format that cannot run code.
         raise InputError(
@@ -153,55 +151,49 @@ def _read_weights(
         ) from error
 
 
-def _bitsandbytes_config(method: str, dtype: str) -> Any:
+def _bitsandbytes_config(method: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     if method == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True)
     # Double quantization also avoids a bug of bitsandbytes 0.50.2 on CPUs with AVX512-BF16, where a state_dict()
     # after a forward pass corrupts plain scales.
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=method,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPES[dtype],
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=method, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
 
 
-def _random_model(config: Any, dtype: str, device: torch.device, seed: int) -> Any:
+def _random(source: Source, dtype: str, device: torch.device, layers: int | None, seed: int) -> LM:
+    config = read_config(source)
+    if layers is not None:
+        config.num_hidden_layers = layers
+    card = card_from_config(config, source.name, dtype)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
-    return model.eval().requires_grad_(False)
+    return LM(model.eval().requires_grad_(False), None, card, source.name, f"seed:{seed}")
 
 
 @contextmanager
-def _quiet_loading(*, unless: bool = False) -> Iterator[None]:
+def _quiet(*, unless: bool = False) -> Iterator[None]:
     """No loading bars of transformers, unless the model takes long: they would leave clutter in reports."""
-    if unless:
-        yield
-        return
     shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    silent = functools.partial(tqdm, disable=True)  # the GGUF reader has a bar of its own that no setting turns off
+    if not unless:
+        transformers.utils.logging.disable_progress_bar()
     try:
-        with mock.patch("transformers.modeling_gguf_pytorch_utils.tqdm", silent):
-            yield
+        yield
     finally:
         if shown:
             transformers.utils.logging.enable_progress_bar()
 
 
-class _Once(logging.Filter):
+_logged: set[str] = set()
+
+
+def _first_time(record: logging.LogRecord) -> bool:
     """Lets each message of a logger through once: bitsandbytes repeats one warning per Linear and forward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        new = str(record.msg) not in self.seen
-        self.seen.add(str(record.msg))
-        return new
+    new = str(record.msg) not in _logged
+    _logged.add(str(record.msg))
+    return new
 
 
-logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
+logging.getLogger("bitsandbytes.autograd._functions").addFilter(_first_time)

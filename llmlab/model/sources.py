@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from llmlab.base import hub
@@ -20,6 +20,7 @@ from llmlab.base.paths import PACKAGE
 BUILTIN = "smollm2"
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
+
 SHAPES: dict[str, dict[str, Any]] = json.loads((PACKAGE / "model" / "shapes.json").read_text())
 
 
@@ -28,21 +29,29 @@ class Source:
     """Where a model comes from.
 
     `kind` "gguf" is one file (`location`), "folder" a transformers folder, "hub" a Hub id, "random" a shape whose
-    weights are drawn on the spot. `offline`: the Hub did not answer, only its local cache can.
+    weights are drawn on the spot. `offline`: the Hub did not answer, only its local cache can. `revision`: Hub branch,
+    tag or commit; `trust_remote_code`: run code that comes with the model.
     """
 
     name: str
     kind: Literal["gguf", "folder", "hub", "random"]
     location: str
     offline: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
 
     @property
-    def transformers_args(self) -> dict[str, Any]:
+    def transformers_args(self) -> dict[str, object]:
         """The arguments with which transformers' `from_pretrained` finds this source."""
         if self.kind == "gguf":
             path = Path(self.location)
             return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
-        return {"pretrained_model_name_or_path": self.location, "local_files_only": self.kind != "hub" or self.offline}
+        return {
+            "pretrained_model_name_or_path": self.location,
+            "local_files_only": self.kind != "hub" or self.offline,
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+        }
 
 
 def resolve(name: str, *, revision: str | None = None) -> Source:
@@ -51,7 +60,7 @@ def resolve(name: str, *, revision: str | None = None) -> Source:
         return Source(name, "gguf", str(_builtin_gguf()))
     if name.startswith("random:"):
         shape = name.removeprefix("random:")
-        if _shape(shape) is None and not Path(shape).exists():
+        if shape_config(shape) is None and not Path(shape).exists():
             raise InputError(f"unknown shape {shape!r} in {name!r}: known shapes are {', '.join(SHAPES)}.")
         return Source(name, "random", shape)
     path = Path(name).expanduser()
@@ -71,28 +80,25 @@ def resolve(name: str, *, revision: str | None = None) -> Source:
     )
 
 
-def read_config(source: Source, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def read_config(source: Source) -> PreTrainedConfig:
     """The transformers config of a source; refuses what is no decoder-only language model.
 
     Known shapes (by name, or by Hub id when the Hub cannot be reached) come from the table shipped with llmlab.
     """
-    shape = _shape(source.location)
-    if source.kind == "random" and shape is not None:
-        return _shape_config(shape)
+    if source.kind == "random" and (config := shape_config(source.location)):
+        return config
     try:
-        config = AutoConfig.from_pretrained(
-            **source.transformers_args, revision=revision, trust_remote_code=trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(**source.transformers_args)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own; all mean "unusable"
         raise InputError(_config_problem(source, error)) from error
     _refuse_non_decoder(config, source)
     return config
 
 
-def shape_config(name: str) -> Any | None:
+def shape_config(name: str) -> PreTrainedConfig | None:
     """The config of a shipped shape by its name ("opt-30b") or Hub id ("facebook/opt-30b"); None if there is none."""
-    shape = _shape(name)
-    return None if shape is None else _shape_config(shape)
+    shape = SHAPES.get(name) or next((s for s in SHAPES.values() if s["hub"] == name), None)
+    return AutoConfig.for_model(**shape["config"]) if shape else None
 
 
 def fingerprint(source: Source) -> str | None:
@@ -123,15 +129,7 @@ def _hub_source(name: str, repo: str, revision: str | None) -> Source:
             f"the Hub model {repo!r} has no safetensors weights, and llmlab unpickles nothing: convert it once with "
             "transformers' save_pretrained and give that folder."
         )
-    return Source(name, "hub", repo, offline=info is None)
-
-
-def _shape(name: str) -> dict[str, Any] | None:
-    return SHAPES.get(name) or next((s for s in SHAPES.values() if s["hub"] == name), None)
-
-
-def _shape_config(shape: dict[str, Any]) -> Any:
-    return AutoConfig.for_model(**shape["config"])
+    return Source(name, "hub", repo, info is None, revision)
 
 
 def _builtin_gguf() -> Path:
@@ -164,7 +162,7 @@ def _config_problem(source: Source, error: Exception) -> str:
     return f"cannot read the config of {source.location}: {type(error).__name__}: {reason}."
 
 
-def _refuse_non_decoder(config: Any, source: Source) -> None:
+def _refuse_non_decoder(config: PreTrainedConfig, source: Source) -> None:
     kind = config.model_type
     causal_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     names = getattr(config, "architectures", None) or []

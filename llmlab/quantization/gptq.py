@@ -31,7 +31,7 @@ class Hessian:
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.total = torch.zeros(columns, columns, device=device)
-        self.tokens = 0
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, inputs: torch.Tensor) -> None:
         """Take in inputs [..., columns] of any float dtype. Raises NumericalError for NaN or infinity."""
@@ -41,7 +41,7 @@ class Hessian:
 
     def matrix(self) -> torch.Tensor:
         """H, fp32 [columns, columns]."""
-        return self.total / max(1, self.tokens)
+        return self.total / self.tokens.clamp(min=1)
 
 
 @dataclass(frozen=True)

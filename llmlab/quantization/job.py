@@ -9,9 +9,10 @@ from llmlab.base.errors import InputError
 from llmlab.base.paths import new_folder
 from llmlab.model.layerwise import stream
 from llmlab.model.lm import LM, check_device
+from llmlab.quantization.calibration import ROWS, calibration_rows
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.rotate import rotate
-from llmlab.quantization.walk import ROWS, Report, calibration_rows, check_quantizable, quantize
+from llmlab.quantization.walk import Report, Walk, check_quantizable
 
 
 def quantize_to(
@@ -22,7 +23,6 @@ def quantize_to(
     *,
     method: str = "gptq",
     rows: int = ROWS,
-    turned: bool = False,
     dtype: str = "fp32",
     device: str | None = None,
 ) -> tuple[LM, Report]:
@@ -36,9 +36,8 @@ def quantize_to(
         folder: a new folder.
         text: calibration text.
         scheme: bits, groups, order.
-        method: "gptq" or "rtn".
+        method: "gptq" or "rtn"; "rotated gptq" and "rotated rtn" rotate the residual stream first (see `rotate`).
         rows: calibration rows of 512 tokens.
-        turned: rotate the residual stream first (see `rotate`).
         dtype: in which layers are read and calibrated; fp32 is best.
         device: where; by default a GPU where there is one.
 
@@ -50,15 +49,15 @@ def quantize_to(
     target = new_folder(folder)
     if rows < 1:
         raise InputError(f"{rows} calibration rows: give a positive number.")
+    solver = method.removeprefix("rotated ")
     lm, read_layer = stream(name, dtype=dtype, device=check_device(device))
-    check_quantizable(lm, scheme, method)
+    check_quantizable(lm, scheme, solver)
     calibration = calibration_rows(lm, text, rows=rows)
-    if turned:
+    if solver != method:
         lm, read_layer = rotate(lm, read_layer=read_layer)
-    keep, report = target.parent / f".{target.name}.layers", Report()
-    quantized = quantize(
-        lm, method=method, calibration=calibration, scheme=scheme, read_layer=read_layer, keep=keep, report=report
-    )
+    keep = target.parent / f".{target.name}.layers"
+    walk = Walk(lm, scheme, solver, calibration if solver == "gptq" else None, read_layer=read_layer, keep=keep)
+    quantized = walk.run()
     quantized.save(target)
     shutil.rmtree(keep)
-    return quantized, report
+    return quantized, walk.report

@@ -10,13 +10,17 @@ Inside attention, the values of each KV head and the columns of o_proj that read
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from llmlab.base.errors import InputError
 from llmlab.model.layerwise import ReadLayer
 from llmlab.model.lm import LM, decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 
 def rotate(lm: LM, *, read_layer: ReadLayer | None = None, seed: int = 0) -> tuple[LM, ReadLayer]:
@@ -54,13 +58,11 @@ def rotated(lm: LM, *, seed: int = 0) -> LM:
     """The whole rotated model in memory."""
     ends, read_layer = rotate(lm, seed=seed)
     path, layers = decoder_layers(ends.model)
-    parent, _, child = path.rpartition(".")
-    turned = torch.nn.ModuleList([read_layer(i) for i in range(len(layers))])
-    setattr(ends.model.get_submodule(parent), child, turned)
+    ends.model.set_submodule(path, torch.nn.ModuleList([read_layer(i) for i in range(len(layers))]))
     return ends
 
 
-def check_rotatable(model: Any) -> None:
+def check_rotatable(model: PreTrainedModel) -> None:
     """Raise InputError unless the model is built like LLaMA."""
     layer = decoder_layers(model)[1][0]
     parts = ("input_layernorm", "post_attention_layernorm", "self_attn", "mlp")
@@ -70,7 +72,7 @@ def check_rotatable(model: Any) -> None:
         )
 
 
-def rotate_ends(model: Any, q: torch.Tensor) -> None:
+def rotate_ends(model: PreTrainedModel, q: torch.Tensor) -> None:
     """Embedding x -> x Q; output head W -> (W diag(gain)) Q, untied from it; the last norm's gain becomes 1."""
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -80,7 +82,7 @@ def rotate_ends(model: Any, q: torch.Tensor) -> None:
     _columns(model.get_output_embeddings(), q)
 
 
-def rotate_layer(layer: Any, q: torch.Tensor, head_dim: int, generator: torch.Generator) -> None:
+def rotate_layer(layer: LlamaDecoderLayer, q: torch.Tensor, head_dim: int, generator: torch.Generator) -> None:
     """One decoder layer: what reads the residual stream turns its columns, what writes to it turns its rows."""
     attention, mlp = layer.self_attn, layer.mlp
     readers = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -100,7 +102,7 @@ def random_orthogonal(size: int, generator: torch.Generator) -> torch.Tensor:
     return haar
 
 
-def _rotate_heads(v_proj: Any, o_proj: Any, head_dim: int, generator: torch.Generator) -> None:
+def _rotate_heads(v_proj: torch.nn.Linear, o_proj: torch.nn.Linear, head_dim: int, generator: torch.Generator) -> None:
     """Values of KV head k turn by R_k; the query heads that read them turn back in o_proj."""
     kv_heads = v_proj.out_features // head_dim
     group = o_proj.in_features // v_proj.out_features  # query heads a KV head
@@ -114,22 +116,22 @@ def _block_diag(*blocks: torch.Tensor) -> torch.Tensor:
     return whole
 
 
-def _fold(norm: Any, linears: list[Any]) -> None:
+def _fold(norm: LlamaRMSNorm, linears: list[torch.nn.Linear]) -> None:
     """W (gain * x) = (W diag(gain)) x."""
     for linear in linears:
         _set(linear, linear.weight.double() * norm.weight.double())
     norm.weight = torch.nn.Parameter(torch.ones_like(norm.weight), requires_grad=False)
 
 
-def _columns(module: Any, q: torch.Tensor) -> None:
+def _columns(module: torch.nn.Linear | torch.nn.Embedding, q: torch.Tensor) -> None:
     _set(module, module.weight.double() @ q)
 
 
-def _rows(linear: Any, q: torch.Tensor) -> None:
+def _rows(linear: torch.nn.Linear, q: torch.Tensor) -> None:
     _set(linear, q.T @ linear.weight.double())
     if linear.bias is not None:
         linear.bias = torch.nn.Parameter((linear.bias.double() @ q).to(linear.bias.dtype), requires_grad=False)
 
 
-def _set(module: Any, weight: torch.Tensor) -> None:
+def _set(module: torch.nn.Linear | torch.nn.Embedding, weight: torch.Tensor) -> None:
     module.weight = torch.nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)

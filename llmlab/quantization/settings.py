@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from llmlab.base.version import __version__
 from llmlab.quantization.grid import Scheme
 
 
-def quant_config(scheme: Scheme, method: str) -> dict[str, Any]:
+def quant_config(scheme: Scheme, method: str) -> dict[str, object]:
     """The `quantization_config` by which AutoGPTQ, GPTQModel and transformers know such a checkpoint."""
     return {
         "quant_method": "gptq",

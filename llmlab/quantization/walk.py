@@ -9,33 +9,41 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TypedDict
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
 
 from llmlab.base.errors import InputError, NumericalError
-from llmlab.base.paths import atomic
 from llmlab.base.progress import progress
 from llmlab.data import wikitext
-from llmlab.kernels.packed_linear import QuantLinear, prepare, replace_linears
+from llmlab.kernels.packed_linear import QuantLinear, prepare
 from llmlab.kernels.packing import Quantized
 from llmlab.kernels.plain import fastest_matmuls
+from llmlab.model.layerwise import ReadLayer
 from llmlab.model.lm import LM, decoder_layers
+from llmlab.quantization.calibration import calibration_rows, first_inputs
+from llmlab.quantization.finished import FinishedLayers
 from llmlab.quantization.gptq import Factor, Hessian, factorize, gptq
 from llmlab.quantization.grid import Scheme, rtn
 from llmlab.quantization.settings import quant_config
 
 METHODS = ("gptq", "rtn")
-Solve = Callable[[torch.Tensor, Factor, Scheme], Quantized]
-ROWS, CONTEXT = 64, 512  # calibration rows and their tokens
+
+
+class LinearReport(TypedDict):
+    """What became of one Linear: relative output `error` on the calibration text (NaN for RTN), `damping` needed."""
+
+    name: str
+    rows: int
+    columns: int
+    error: float
+    damping: float
+    seconds: float
 
 
 @dataclass
@@ -43,33 +51,18 @@ class Report:
     """What quantizing a model cost and lost.
 
     Attributes:
-        linears: a dictionary for each Linear in order of treatment: `name`, `rows`, `columns`, relative output `error`
-            on the calibration text (NaN for RTN), `damping`, `seconds`.
+        linears: a `LinearReport` for each Linear in order of treatment.
         seconds: of the whole walk.
         tokens: of calibration text.
     """
 
-    linears: list[dict[str, Any]] = field(default_factory=list)
+    linears: list[LinearReport] = field(default_factory=list)
     seconds: float = 0.0
     tokens: int = 0
 
     def table(self) -> pd.DataFrame:
         """A row a Linear."""
         return pd.DataFrame(self.linears)
-
-
-def calibration_rows(lm: LM, text: str, *, rows: int = ROWS, context: int = CONTEXT) -> torch.Tensor:
-    """The first `rows` x `context` tokens of a text, [rows, context]; fewer rows if the text is shorter, and shorter
-    ones where the model has fewer positions.
-
-    Raises InputError if the text has not a single full row.
-    """
-    context = min(context, lm.card.context_length)
-    ids = torch.tensor(lm.encode(text))
-    whole = min(rows, len(ids) // context)
-    if whole < 1:
-        raise InputError(f"the calibration text has {len(ids)} tokens: give at least one row of {context}.")
-    return ids[: whole * context].view(whole, context)
 
 
 def check_quantizable(lm: LM, scheme: Scheme, method: str) -> None:
@@ -92,11 +85,7 @@ def quantize(
     method: str = "gptq",
     calibration: torch.Tensor | str | None = None,
     scheme: Scheme | None = None,
-    read_layer: Callable[[int], torch.nn.Module] | None = None,
-    keep: Path | None = None,
     report: Report | None = None,
-    reduce: Callable[[torch.Tensor], None] | None = None,
-    solve: Solve = gptq,
 ) -> LM:
     """A copy of the model whose decoder layers' Linears hold packed weights.
 
@@ -112,11 +101,7 @@ def quantize(
         calibration: a text, or token ids [rows, tokens] from `calibration_rows`; by default the first 64 x 512 tokens
             of WikiText-2's validation part. RTN needs none.
         scheme: all settings at once, instead of `bits` and `group_size`.
-        read_layer: gives decoder layer i with its weights; by default a copy of the model's own.
-        keep: folder in which finished layers are kept: a killed job that is started again goes on behind them.
         report: is filled in.
-        reduce: called with each sum over calibration tokens, in place: for ranks that share the rows.
-        solve: in the place of `gptq`: for ranks that share the solving.
 
     Raises:
         InputError: settings that make no sense, or do not fit a layer; before anything is computed.
@@ -128,205 +113,156 @@ def quantize(
         calibration = None
     elif not isinstance(calibration, torch.Tensor):
         calibration = calibration_rows(lm, wikitext("valid") if calibration is None else calibration)
-    path, layers = decoder_layers(lm.model)
-    report = report if report is not None else Report()
-    begin = time.perf_counter()
-    walk = None
-    if calibration is not None:
-        report.tokens = calibration.numel()
-        walk = _Walk(lm, calibration, scheme, report, reduce, solve)
-    finished = _Finished(keep, _identity(lm, scheme, method, calibration)) if keep else None
-    done = torch.nn.ModuleList()
-    with torch.no_grad(), progress(len(layers), f"{method} {scheme.bits} bits", "layer") as bar:
-        for index in range(len(layers)):
-            layer = read_layer(index) if read_layer else copy.deepcopy(layers[index])
-            if finished and finished.has(index):
-                finished.read(index, layer, scheme.bits)
-                if walk:
-                    walk.through(layer)
-            else:
-                name = f"{path}.{index}"
-                packed = walk.solve(layer, name) if walk else _round(layer, name, scheme, report)
-                replace_linears(layer, packed)
-                if finished:
-                    finished.write(index, layer, report)
-            done.append(layer)
-            if walk and report.linears:
-                last = report.linears[-1]
-                bar.set_postfix_str(f"{last['name'].split('.')[-1]} error {last['error']:.1e}", refresh=False)
-            bar.update(1)
-        # Everything but the layers is copied from the original.
-        model = copy.deepcopy(lm.model, {id(layers): done})
-        model.config.quantization_config = quant_config(scheme, method)
-    prepare(model, lm.model.dtype)
-    report.seconds += time.perf_counter() - begin
-    how = f"{method} {scheme.bits} bits, group {scheme.group_size}"
-    return LM(
-        model.requires_grad_(False),
-        lm.tokenizer,
-        lm.card,
-        lm.name,
-        lm.revision,
-        how if lm.transformation == "none" else f"{lm.transformation}, {how}",
-    )
+    report = Report() if report is None else report
+    return Walk(lm, scheme, method, calibration, report).run()
 
 
-class _Walk:
-    """The calibration rows on their way through the layers."""
+class Alone:
+    """How the walk adds up and solves in one process; ranks that share the calibration rows do it in other ways."""
 
-    def __init__(
-        self,
-        lm: LM,
-        rows: torch.Tensor,
-        scheme: Scheme,
-        report: Report,
-        reduce: Callable[[torch.Tensor], None] | None,
-        solve: Solve,
-    ) -> None:
-        self.scheme, self.report, self.reduce, self.gptq = scheme, report, reduce, solve
-        self.hidden, self.kwargs = _first_inputs(lm, rows)
-        if len(rows.flatten()) < lm.card.intermediate_size:
-            warnings.warn(
-                f"{rows.numel()} calibration tokens: the Hessian of an MLP's second Linear has rank {rows.numel()} at "
-                f"most, but {lm.card.intermediate_size} columns; give more text.",
-                stacklevel=3,
-            )
+    def add_up(self, total: torch.Tensor) -> None:
+        """Make a sum over this process's rows one over all rows, in place."""
+
+    def solve(self, weight: torch.Tensor, factor: Factor, scheme: Scheme) -> Quantized:
+        """GPTQ on one Linear."""
+        return gptq(weight, factor, scheme)
+
+
+@dataclass
+class Walk:
+    """One job: what is quantized, how, and where layers come from and go.
+
+    Attributes:
+        lm, scheme, method: as for `quantize`.
+        rows: token ids [rows, tokens] of the calibration text; None for RTN.
+        report: is filled in.
+        read_layer: gives decoder layer i with its weights; by default a copy of the model's own.
+        keep: folder in which finished layers are kept: a killed job that is started again goes on behind them.
+        workers: how processes that share the rows add up and solve.
+    """
+
+    lm: LM
+    scheme: Scheme
+    method: str = "gptq"
+    rows: torch.Tensor | None = None
+    report: Report = field(default_factory=Report)
+    read_layer: ReadLayer | None = None
+    keep: Path | None = None
+    workers: Alone = field(default_factory=Alone)
+    last: tuple[torch.Tensor, Factor] | None = field(default=None, init=False)  # the last Hessian's input and factor
 
     @torch.no_grad()
-    def through(self, layer: torch.nn.Module) -> None:
-        """All rows through a layer."""
-        with fastest_matmuls(layer):
-            output = layer(self.hidden, **self.kwargs)
-        self.hidden = output[0] if isinstance(output, tuple) else output
+    def run(self) -> LM:
+        """The quantized model."""
+        begin, lm, bits = time.perf_counter(), self.lm, self.scheme.bits
+        path, layers = decoder_layers(lm.model)
+        finished = FinishedLayers(self.keep, self._identity()) if self.keep else None
+        if self.rows is not None:
+            self._start(self.rows)
+        done = torch.nn.ModuleList()
+        with progress(len(layers), f"{self.method} {bits} bits", "layer") as bar:
+            for index in range(len(layers)):
+                layer = self.read_layer(index) if self.read_layer else copy.deepcopy(layers[index])
+                if finished and finished.has(index):
+                    finished.read(index, layer, bits)
+                    self._pass_through(layer)
+                else:
+                    self._solve_layer(layer, f"{path}.{index}")
+                    if finished:
+                        finished.write(index, layer)
+                done.append(layer)
+                if self.rows is not None and self.report.linears:
+                    last = self.report.linears[-1]
+                    bar.set_postfix_str(f"{last['name'].split('.')[-1]} error {last['error']:.1e}", refresh=False)
+                bar.update(1)
+        # Everything but the layers is copied from the original.
+        model = copy.deepcopy(lm.model, {id(layers): done})
+        model.config.quantization_config = quant_config(self.scheme, self.method)
+        prepare(model, lm.model.dtype)
+        self.report.seconds += time.perf_counter() - begin
+        how = f"{self.method} {bits} bits, group {self.scheme.group_size}"
+        how = how if lm.transformation == "none" else f"{lm.transformation}, {how}"
+        return LM(model.requires_grad_(False), lm.tokenizer, lm.card, lm.name, lm.revision, how)
 
-    def solve(self, layer: torch.nn.Module, layer_name: str) -> dict[str, QuantLinear]:
+    def _start(self, rows: torch.Tensor) -> None:
+        total = torch.tensor(rows.numel(), device=self.lm.device)
+        self.workers.add_up(total)
+        self.report.tokens = tokens = int(total)
+        if tokens < (width := self.lm.card.intermediate_size):
+            warnings.warn(
+                f"{tokens} calibration tokens: the Hessian of an MLP's second Linear has rank {tokens} at most, but "
+                f"{width} columns; give more text.",
+                stacklevel=5,
+            )
+        self.hidden_states, self.arguments = first_inputs(self.lm, rows)
+
+    def _pass_through(self, layer: torch.nn.Module) -> None:
+        """All rows through a layer, if there are rows."""
+        if self.rows is not None:
+            with fastest_matmuls(layer):
+                output = layer(self.hidden_states, **self.arguments)
+            self.hidden_states = output[0] if isinstance(output, tuple) else output
+
+    def _solve_layer(self, layer: torch.nn.Module, layer_name: str) -> None:
         """Quantize the Linears of a layer as the rows reach them; the rows go on through the quantized weights."""
+        linears = _linears(layer)
         packed: dict[str, QuantLinear] = {}
-        shared: list[Any] = [None, None]  # the last input and its factor: q, k and v read the same one
 
-        def before(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor]], None]:
-            def hook(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
-                linear = cast(torch.nn.Linear, module)
-                begin = time.perf_counter()
-                try:
-                    if shared[0] is not args[0]:
-                        shared[:] = args[0], self._factor(args[0])
-                    factor: Factor = shared[1]
-                    quantized = self.gptq(linear.weight, factor, self.scheme)
-                except NumericalError as error:
-                    raise NumericalError(f"{layer_name}.{name}: {error}") from None
-                packed[name] = QuantLinear.pack(quantized, self.scheme.bits, linear.bias)
-                linear.weight = torch.nn.Parameter(quantized.dequantize().to(linear.weight.dtype), requires_grad=False)
-                _note(self.report, f"{layer_name}.{name}", quantized, factor.damping, begin)
+        def solve(name: str, inputs: torch.Tensor | None) -> None:
+            try:
+                packed[name] = self._solve(f"{layer_name}.{name}", linears[name], inputs)
+            except NumericalError as error:
+                raise NumericalError(f"{layer_name}.{name}: {error}") from None
 
-            return hook
-
-        hooks = [linear.register_forward_pre_hook(before(name)) for name, linear in _linears(layer).items()]
+        if self.rows is None:
+            for name in linears:
+                solve(name, None)
+        hooks = [
+            linear.register_forward_pre_hook(lambda _, args, name=name: solve(name, args[0]))
+            for name, linear in linears.items()
+        ]
         try:
-            self.through(layer)
+            self._pass_through(layer)
         finally:
+            self.last = None
             for hook in hooks:
                 hook.remove()
-        return packed
+        for name, quant_linear in packed.items():
+            layer.set_submodule(name, quant_linear)
+
+    def _solve(self, name: str, linear: torch.nn.Linear, inputs: torch.Tensor | None) -> QuantLinear:
+        """One Linear, by GPTQ for these inputs, or by rounding; notes what it lost."""
+        begin, damping = time.perf_counter(), 0.0
+        if inputs is None:
+            quantized = rtn(linear.weight, self.scheme)
+        else:
+            factor = self._factor(inputs)
+            quantized, damping = self.workers.solve(linear.weight, factor, self.scheme), factor.damping
+            linear.weight = torch.nn.Parameter(quantized.dequantize().to(linear.weight.dtype), requires_grad=False)
+        rows, columns = quantized.codes.shape
+        seconds = time.perf_counter() - begin
+        self.report.linears.append(
+            {"name": name, "rows": rows, "columns": columns, "error": quantized.error, "damping": damping,
+             "seconds": seconds}
+        )  # fmt: skip
+        return QuantLinear.pack(quantized, self.scheme.bits, linear.bias)
 
     def _factor(self, inputs: torch.Tensor) -> Factor:
-        hessian = Hessian(inputs.shape[-1], inputs.device)
-        hessian.add(inputs)
-        if self.reduce:
-            self.reduce(hessian.total)
-        return factorize(hessian.matrix(), self.scheme)
+        """The factor of the Hessian of these inputs; q, k and v read the same ones and share it."""
+        if self.last is None or self.last[0] is not inputs:
+            hessian = Hessian(inputs.shape[-1], inputs.device)
+            hessian.add(inputs)
+            self.workers.add_up(hessian.total)
+            self.workers.add_up(hessian.tokens)
+            self.last = inputs, factorize(hessian.matrix(), self.scheme)
+        return self.last[1]
 
-
-def _round(layer: torch.nn.Module, layer_name: str, scheme: Scheme, report: Report) -> dict[str, QuantLinear]:
-    packed = {}
-    for name, linear in _linears(layer).items():
-        begin = time.perf_counter()
-        try:
-            quantized = rtn(linear.weight, scheme)
-        except NumericalError as error:
-            raise NumericalError(f"{layer_name}.{name}: {error}") from None
-        packed[name] = QuantLinear.pack(quantized, scheme.bits, linear.bias)
-        _note(report, f"{layer_name}.{name}", quantized, 0.0, begin)
-    return packed
-
-
-def _note(report: Report, name: str, quantized: Quantized, damping: float, begin: float) -> None:
-    rows, columns = quantized.codes.shape
-    seconds = time.perf_counter() - begin
-    report.linears.append(
-        {
-            "name": name,
-            "rows": rows,
-            "columns": columns,
-            "error": quantized.error,
-            "damping": damping,
-            "seconds": seconds,
-        }
-    )
+    def _identity(self) -> dict[str, object]:
+        """What the finished layers depend on."""
+        text = "" if self.rows is None else hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()[:16]
+        model = [self.lm.name, self.lm.revision, self.lm.transformation, self.lm.dtype]
+        return {"model": model, "scheme": asdict(self.scheme), "method": self.method, "calibration": text}
 
 
 def _linears(layer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     return {name: m for name, m in layer.named_modules() if type(m) is torch.nn.Linear}
-
-
-class _Reached(Exception):  # no error: how a forward pass ends when its inputs are known
-    pass
-
-
-@torch.no_grad()
-def _first_inputs(lm: LM, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Hidden states [rows, tokens, hidden] and keyword arguments with which the model calls its first layer."""
-    caught: list[Any] = []
-
-    def catch(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.extend((args[0] if args else kwargs.pop("hidden_states"), dict(kwargs)))
-        raise _Reached
-
-    hook = decoder_layers(lm.model)[1][0].register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        lm.model(input_ids=rows.to(lm.device), use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
-    return caught[0], caught[1]
-
-
-class _Finished:
-    """Finished layers in a folder, one safetensors file each, written atomically."""
-
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = folder / "settings.json"
-        if settings.exists() and json.loads(settings.read_text()) != identity:
-            raise InputError(
-                f"{folder} holds layers of another job (other model, settings or calibration text): remove it."
-            )
-        with atomic(settings) as path:
-            path.write_text(json.dumps(identity))
-
-    def has(self, index: int) -> bool:
-        return self._file(index).exists()
-
-    def write(self, index: int, layer: torch.nn.Module, report: Report) -> None:
-        with atomic(self._file(index)) as path:
-            save_file({k: v.contiguous() for k, v in layer.state_dict().items()}, path)
-
-    def read(self, index: int, layer: torch.nn.Module, bits: int) -> None:
-        tensors = load_file(self._file(index))
-        packed = {}
-        for name, linear in _linears(layer).items():
-            groups = tensors[f"{name}.scales"].shape[0]
-            packed[name] = QuantLinear(linear.in_features, linear.out_features, bits, groups, linear.bias is not None)
-        replace_linears(layer, packed)
-        layer.load_state_dict(tensors)
-
-    def _file(self, index: int) -> Path:
-        return self.folder / f"layer-{index:03d}.safetensors"
-
-
-def _identity(lm: LM, scheme: Scheme, method: str, calibration: torch.Tensor | None) -> dict[str, Any]:
-    text = "" if calibration is None else hashlib.sha256(calibration.numpy().tobytes()).hexdigest()[:16]
-    model = [lm.name, lm.revision, lm.transformation, lm.dtype]
-    return {"model": model, "scheme": asdict(scheme), "method": method, "calibration": text}

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from llmlab.base.errors import InputError
 from llmlab.kernels.packed_linear import QuantLinear, prepare
-from llmlab.model.card import card_from_config
-from llmlab.model.gptq_checkpoint import settings_of
+from llmlab.model.card import ModelCard, card_from_config
+from llmlab.model.fill import Rule, Slices, Tensors, empty_model, fill, local_folder
+from llmlab.model.gptq_checkpoint import GPTQSettings, finish_packed, pack_empty, settings_of
 from llmlab.model.lm import DTYPES, LM, decoder_layers
 from llmlab.model.sources import Source, fingerprint, read_config, resolve
-from llmlab.model.weights import local_folder, tensor_places
 from llmlab.sharding import pipeline, tensor
 from llmlab.sharding.cuts import Cuts
 from llmlab.sharding.pipeline import Stage, stage_layers
@@ -52,7 +49,7 @@ class Shard:
     largest_tensor: int
 
 
-def load_shard(rank: Rank, name: str, cuts: Cuts, dtype: str, seed: int = 0) -> Shard:
+def load_shard(rank: Rank, name: str, cuts: Cuts, dtype: str) -> Shard:
     """Load this rank's part; kept between calls.
 
     Only its slices are read from the safetensors files, tensor by tensor: no rank ever holds more than its part plus
@@ -69,32 +66,29 @@ def load_shard(rank: Rank, name: str, cuts: Cuts, dtype: str, seed: int = 0) -> 
     revision = fingerprint(resolve(name))
     folder, config = _folder_and_config(name)
     card = card_from_config(config, name, dtype)
-    mesh = init_device_mesh(
-        rank.device.type, (cuts.data, cuts.pipeline, cuts.tensor), mesh_dim_names=("data", "pipeline", "tensor")
-    )
-    place = dict(zip(("data", "pipeline", "tensor"), mesh.get_coordinate() or (), strict=True))
     settings = settings_of(config)
+    place = _place(rank, cuts, card, max(32, settings.group_size) if settings else 1)
+    model = empty_model(config, DTYPES[dtype])
+    tensors = Tensors(folder, model.base_model_prefix) if folder else RandomTensors()
     if settings:
-        del config.quantization_config
-    unit = max(32, settings["group_size"]) if settings else 1
-    cut = Cut(place["tensor"], cuts.tensor, unit)
-    head = config.vocab_size * config.hidden_size / (card.linear_parameters / config.num_hidden_layers)
-    bounds = stage_layers(config.num_hidden_layers, cuts.pipeline, 0.6 * head)  # 0.6 of a trie's nodes ask the head
-    group = mesh["pipeline"].get_group()
-    stage = Stage(place["pipeline"], cuts.pipeline, dist.get_process_group_ranks(group), group)
-    model, largest = _build(config, folder, bounds[stage.index], stage, cut, settings, DTYPES[dtype], rank.device, seed)
+        pack_empty(model, tensors, settings)
+    fill(model, tensors, rank.device, rule=_around_the_layers(model, place))
+    _fill_layers(model, tensors, rank.device, place, settings)
+    prepare(model, DTYPES[dtype])
     if cuts.tensor > 1:
-        _cut_ends(model, stage, cut, mesh["tensor"].get_group())
-        tensor.attach(model, cut, mesh["tensor"].get_group(), stage)
-    pipeline.attach(model, stage)
-    if folder is not None and (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    tokenizer = None if folder is None else AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    lm = LM(model, tokenizer, card, name, revision or f"seed:{seed}", "none")
-    if settings:
-        lm = replace(lm, transformation=f"gptq {settings['bits']} bits, group {settings['group_size']}")
-    answers = stage.last and cut.index == 0
-    shard = Shard(lm, stage, place["data"], answers, time.perf_counter() - begin, lm.weight_bytes, largest)
+        _cut_ends(model, place)
+        tensor.attach(model, place.cut, place.cut_group, place.stage)
+    pipeline.attach(model, place.stage)
+    tokenizer = None
+    if folder is not None:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    transformation = settings.transformation if settings else "none"
+    lm = LM(model, tokenizer, card, name, revision or "seed:0", transformation)
+    answers = place.stage.last and place.cut.index == 0
+    seconds = time.perf_counter() - begin
+    shard = Shard(lm, place.stage, place.data, answers, seconds, lm.weight_bytes, tensors.largest)
     rank.kept[key] = shard
     return shard
 
@@ -106,156 +100,138 @@ def check_layout(name: str, cuts: Cuts, size: int) -> None:
     cuts.check(size, config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads)
 
 
-def _folder_and_config(name: str) -> tuple[Path | None, Any]:
+def _folder_and_config(name: str) -> tuple[Path | None, PreTrainedConfig]:
     source = resolve(name)
     folder = None if source.kind == "random" else local_folder(source)
     return folder, read_config(source if folder is None else Source(name, "folder", str(folder)))
 
 
-def _build(
-    config: Any, folder: Path | None, layers: tuple[int, int], stage: Stage, cut: Cut, settings: dict[str, Any] | None,
-    dtype: torch.dtype, device: torch.device, seed: int,
-) -> tuple[Any, int]:  # fmt: skip
-    """The model with this rank's layers and parts; also the bytes of the largest tensor that was read."""
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+@dataclass(frozen=True)
+class _Place:
+    """Where a rank stands in a layout: its replica, its stage with (first, end) layer, and its part of each layer."""
+
+    data: int
+    stage: Stage
+    layers: tuple[int, int]
+    cut: Cut
+    cut_group: dist.ProcessGroup
+
+
+def _place(rank: Rank, cuts: Cuts, card: ModelCard, unit: int) -> _Place:
+    names = ("data", "pipeline", "tensor")
+    mesh = init_device_mesh(rank.device.type, (cuts.data, cuts.pipeline, cuts.tensor), mesh_dim_names=names)
+    data, index, part = mesh.get_coordinate() or (0, 0, 0)
+    head = card.head_parameters / (card.linear_parameters / card.layers)
+    layers = stage_layers(card.layers, cuts.pipeline, 0.6 * head)[index]  # 0.6 of a trie's nodes ask the head
+    group = mesh["pipeline"].get_group()
+    stage = Stage(index, cuts.pipeline, dist.get_process_group_ranks(group), group)
+    return _Place(data, stage, layers, Cut(part, cuts.tensor, unit), mesh["tensor"].get_group())
+
+
+class RandomTensors(Tensors):
+    """Random weights under every name: norms 1, biases 0, matrices normal with standard deviation 0.02."""
+
+    def __init__(self) -> None:
+        self.largest = 0
+
+    def has(self, name: str) -> bool:
+        """Always."""
+        return True
+
+    def read(self, name: str, like: torch.Tensor, part: Slices) -> torch.Tensor:
+        """The same numbers for the same name and shape."""
+        sizes = [len(range(*piece.indices(n))) for piece, n in zip(part, like.shape, strict=False)]
+        sizes += like.shape[len(part) :]
+        if len(sizes) == 1:
+            return torch.full(sizes, float(name.endswith("weight")))
+        return torch.randn(sizes, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))).mul_(0.02)
+
+
+def _around_the_layers(model: PreTrainedModel, place: _Place) -> Rule:
+    """The rule for all but the layers: embedding and head are cut by vocabulary, and empty where nobody asks them."""
+    path, _ = decoder_layers(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    needed = {embedding: place.stage.first or (place.stage.last and model.config.tie_word_embeddings)}
+    needed[head] = place.stage.last
+    rows = slice(*place.cut.of(model.config.vocab_size))
+
+    def rule(name: str, owner: torch.nn.Module, shape: torch.Size) -> Slices | None:
+        if owner in needed:
+            return (rows if needed[owner] else slice(0, 0),)
+        return None if name.startswith(f"{path}.") else ()
+
+    return rule
+
+
+def _fill_layers(
+    model: PreTrainedModel, tensors: Tensors, device: torch.device, place: _Place, settings: GPTQSettings | None
+) -> None:
+    """Fill this stage's layers with this rank's part of them, and drop the others."""
     path, stack = decoder_layers(model)
-    expected = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    linears = {name: m for name, m in model.named_modules() if type(m) is torch.nn.Linear and name.startswith(path)}
-    packed = [f"{name}.{part}" for name in linears for part in ("qweight", "qzeros", "scales", "g_idx")]
-    places = tensor_places(folder, expected + packed, model.base_model_prefix) if folder else {}
-    generator = torch.Generator().manual_seed(seed)
-    largest = 0
+    first, end = place.layers
 
-    def read(name: str, where: tuple[slice, ...], shape: torch.Size) -> torch.Tensor:
-        nonlocal largest
-        if folder is None:
-            sizes = [len(range(*w.indices(n))) for w, n in zip(where, shape, strict=True)]
-            if len(sizes) == 1:
-                return torch.ones(sizes, dtype=dtype) if name.endswith("weight") else torch.zeros(sizes, dtype=dtype)
-            return torch.randn(sizes, generator=generator).mul_(0.02).to(dtype)
-        if name not in places:
-            raise InputError(f"{folder}: the tensor {name} is missing.")
-        file, stored = places[name]
-        with safe_open(file, framework="pt") as opened:
-            found: torch.Tensor = opened.get_slice(stored)[where]
-        if not found.is_contiguous():  # a view would keep the whole tensor in memory, and slow kernels down
-            found = found.contiguous()
-        largest = max(largest, found.nbytes)
-        return found
+    def rule(name: str, owner: torch.nn.Module, shape: torch.Size) -> Slices:
+        return _part_of_layer(name, owner, model.config, place.cut)
 
-    kept = torch.nn.ModuleList(stack[layers[0] : layers[1]])
-    for local, layer in enumerate(kept):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                cast(Any, module).layer_idx = local  # its place in this stage's KV cache
-    names = {id(m): name for name, m in model.named_modules()}
-    for owner in [m for layer in kept for m in layer.modules()]:
-        _fill(owner, names[id(owner)], read, places, config, cut, settings, dtype)
-    parent = model.get_submodule(path.rpartition(".")[0])
-    parent.layers = kept
-    config.num_hidden_layers = len(kept)
-    ends = [m for m in model.modules() if not any(m is inner for inner in kept.modules())]
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    for owner in ends:
-        for part, parameter in list(owner.named_parameters(recurse=False)):
-            full = tuple(slice(None) for _ in parameter.shape)
-            name = f"{names[id(owner)]}.{part}"
-            if owner is head and config.tie_word_embeddings:
-                name = f"{names[id(embedding)]}.{part}"
-            if owner is embedding or owner is head:
-                first, end = cut.of(config.vocab_size)
-                full = (slice(first, end), *full[1:])
-                if owner is embedding and not (stage.first or (stage.last and config.tie_word_embeddings)):
-                    full = (slice(0, 0), *full[1:])
-                if owner is head and not stage.last:
-                    full = (slice(0, 0), *full[1:])
-                if owner is head and config.tie_word_embeddings:
-                    continue
-            owner.register_parameter(part, _parameter(read(name, full, parameter.shape), dtype))
-    if config.tie_word_embeddings:
-        head.weight = embedding.weight
-    model.to(device).requires_grad_(False)
-    prepare(model, dtype)
-    return model, largest
+    for index in range(first, end):
+        fill(stack[index], tensors, device, f"{path}.{index}", rule)
+        for name, module in stack[index].named_modules(prefix=f"{path}.{index}"):
+            if isinstance(module, QuantLinear) and settings:
+                finish_packed(module, f"{tensors.folder}: the tensor {name}", settings)
+            if place.cut.size > 1:
+                _fit(module, name, model.config, place.cut)
+            if "layer_idx" in vars(module):
+                vars(module)["layer_idx"] = index - first  # its place in this stage's KV cache
+    model.set_submodule(path, stack[first:end])
+    model.config.num_hidden_layers = end - first
 
 
-def _parameter(tensor_: torch.Tensor, dtype: torch.dtype) -> torch.nn.Parameter:
-    return torch.nn.Parameter(tensor_.to(dtype), requires_grad=False)
-
-
-def _fill(
-    owner: torch.nn.Module, name: str, read: Callable[..., torch.Tensor], places: dict[str, Any], config: Any, cut: Cut,
-    settings: dict[str, Any] | None, dtype: torch.dtype,
-) -> None:  # fmt: skip
-    """Read the parameters of one module of a layer; the parts of matrices that belong to this rank."""
-    everything = slice(None)
-    for child, linear in list(owner.named_children()):
-        path = f"{name}.{child}"
-        if settings and type(linear) is torch.nn.Linear and f"{path}.qweight" in places:
-            setattr(owner, child, _packed(linear, path, read, config, cut, settings, dtype))
-    if settings and f"{name}.qweight" in places:
-        return  # replaced above, with its parent
-    if type(owner) is torch.nn.Linear:
-        dimension, (first, end) = (0, (0, owner.out_features)) if cut.size == 1 else part_of(name, config, cut)
-        where = (slice(first, end), everything) if dimension == 0 else (everything, slice(first, end))
-        shape = owner.weight.shape
-        owner.weight = _parameter(read(f"{name}.weight", where, shape), dtype)
-        owner.out_features, owner.in_features = owner.weight.shape
-        if owner.bias is not None:
-            whole = slice(first, end) if dimension == 0 else everything
-            owner.bias = _parameter(read(f"{name}.bias", (whole,), owner.bias.shape), dtype)
-        return
-    for part, parameter in list(owner.named_parameters(recurse=False)):
-        full = tuple(everything for _ in parameter.shape)
-        owner.register_parameter(part, _parameter(read(f"{name}.{part}", full, parameter.shape), dtype))
-
-
-def _packed(
-    linear: torch.nn.Linear, name: str, read: Callable[..., torch.Tensor], config: Any, cut: Cut,
-    settings: dict[str, Any], dtype: torch.dtype,
-) -> QuantLinear:  # fmt: skip
-    """A packed matrix, cut along its outputs, or along its inputs in whole groups."""
-    bits, size = settings["bits"], settings["group_size"]
-    columns = linear.in_features
-    groups = 1 if size == -1 else columns // size
-    dimension, (first, end) = (0, (0, linear.out_features)) if cut.size == 1 else part_of(name, config, cut)
-    whole = slice(None)
-    none = torch.Size([0, 0])
+def _part_of_layer(name: str, owner: torch.nn.Module, config: PreTrainedConfig, cut: Cut) -> Slices:
+    """This rank's part of a tensor of a layer: of a Linear's along outputs or inputs (there in whole groups)."""
+    linear, _, part = name.rpartition(".")
+    if cut.size == 1 or not isinstance(owner, torch.nn.Linear | QuantLinear):
+        return ()
+    dimension, (first, end) = part_of(linear, config, cut)
+    bits, groups = (owner.bits, owner.groups) if isinstance(owner, QuantLinear) else (0, 1)
+    own, words, whole = slice(first, end), slice(first * bits // 32, end * bits // 32), slice(None)
     if dimension == 0:
-        outputs, words = slice(first, end), whole
-        zeros = slice(first * bits // 32, end * bits // 32)
-        inputs = grids = whole
-        shape = (columns, end - first, groups)
-    else:
-        if size != -1 and (first % size or end % size):
-            raise InputError(f"{name}: its groups of {size} inputs do not fit tensor {cut.size}: use another layout.")
-        outputs = zeros = whole
-        words, inputs = slice(first * bits // 32, end * bits // 32), slice(first, end)
-        grids = whole if size == -1 else slice(first // size, end // size)
-        shape = (end - first, linear.out_features, 1 if size == -1 else (end - first) // size)
-    made = QuantLinear(shape[0], shape[1], bits, shape[2], linear.bias is not None)
-    made.qweight = read(f"{name}.qweight", (words, outputs), none)
-    made.qzeros = read(f"{name}.qzeros", (grids, zeros), none)
-    made.scales = read(f"{name}.scales", (grids, outputs), none).half()
-    made.g_idx = read(f"{name}.g_idx", (inputs,), none)
-    if dimension == 1:
-        expected = (torch.arange(columns) // (columns if size == -1 else size))[inputs]
-        if cut.size > 1 and not torch.equal(made.g_idx.long(), expected):
-            raise InputError(
-                f"{name}: its groups are not runs of inputs (desc_act): tensor parallelism cannot cut them."
-            )
-        made.g_idx = (made.g_idx - int(expected[0])).int()
-    if linear.bias is not None:
-        made.bias = read(f"{name}.bias", (outputs,), none).to(dtype)
-    return made
+        cut_parts: dict[str, Slices] = {
+            "weight": (own,),
+            "bias": (own,),
+            "qweight": (whole, own),
+            "scales": (whole, own),
+        }
+        return (cut_parts | {"qzeros": (whole, words)}).get(part, ())
+    size = owner.in_features // groups
+    if groups > 1 and (first % size or end % size):
+        raise InputError(f"{linear}: its groups of {size} inputs do not fit tensor {cut.size}: use another layout.")
+    grids = slice(first // size, end // size) if groups > 1 else whole
+    rows: dict[str, Slices] = {"weight": (whole, own), "qweight": (words,), "g_idx": (own,)}
+    return (rows | {"scales": (grids,), "qzeros": (grids,)}).get(part, ())
 
 
-def _cut_ends(model: Any, stage: Stage, cut: Cut, group: Any) -> None:
+def _fit(module: torch.nn.Module, name: str, config: PreTrainedConfig, cut: Cut) -> None:
+    """Give a Linear whose tensors were cut its new sizes; the groups of a packed one count from 0 again."""
+    if isinstance(module, QuantLinear):
+        dimension, (first, _) = part_of(name, config, cut)
+        if dimension == 1:
+            size = module.in_features // module.groups
+            runs = torch.arange(first, first + len(module.g_idx), device=module.g_idx.device) // size
+            if not torch.equal(module.g_idx.long(), runs):
+                raise InputError(
+                    f"{name}: its groups are not runs of inputs (desc_act): tensor parallelism cannot cut them."
+                )
+            module.g_idx = (runs - first // size).int()
+        module.in_features, (module.groups, module.out_features) = len(module.g_idx), module.scales.shape
+    elif isinstance(module, torch.nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+
+
+def _cut_ends(model: PreTrainedModel, place: _Place) -> None:
     """Embedding and head, which hold this rank's rows of the vocabulary, compute the whole."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    first = cut.of(model.config.vocab_size)[0]
-    if stage.first:
-        model.set_input_embeddings(tensor.VocabularyEmbedding(embedding.weight, first, group))
-    if stage.last:
-        model.set_output_embeddings(tensor.VocabularyHead(head.weight, model.config.vocab_size, cut, group))
+    embedding, head, size = model.get_input_embeddings(), model.get_output_embeddings(), model.config.vocab_size
+    if place.stage.first:
+        first = place.cut.of(size)[0]
+        model.set_input_embeddings(tensor.VocabularyEmbedding(embedding.weight, first, place.cut_group))
+    if place.stage.last:
+        model.set_output_embeddings(tensor.VocabularyHead(head.weight, size, place.cut, place.cut_group))

@@ -15,15 +15,15 @@ from matplotlib.ticker import EngFormatter
 from llmlab.base.errors import InputError
 from llmlab.lab.figures.common import BLUE, ORANGE, style
 from llmlab.lab.figures.drawable import drawable
+from llmlab.measure.direction import direction
 from llmlab.measure.record import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COSTS = {"s", "B", "J", "nat"}  # units of which less is better, alone or for each of something: nat/token
 LIGHT = "#B8B8B8"
 RECORD = {f.name for f in fields(Record)}
-SAME = {"id", "time", "commit", "protocol", "data", "revision", "baseline", "seed", "n", "repeats", "warmup", "cpu"}
+SAME = {"id", "time", "commit", "protocol", "data", "revision", "seed", "n", "repeats", "warmup", "cpu"}
 
 
 def metrics(frame: pd.DataFrame) -> list[str]:
@@ -31,12 +31,6 @@ def metrics(frame: pd.DataFrame) -> list[str]:
     numbers = frame.select_dtypes("number").columns
     bounds = {f"{name}_{end}" for name in numbers for end in ("low", "high")}
     return [name for name in numbers if name not in bounds | RECORD and frame[name].notna().any()]
-
-
-def lower_is_better(metric: str, unit: str = "") -> bool:
-    """Perplexities, and what is counted in seconds, bytes, joules or nats; but not a rate such as B/s."""
-    amount, _, each = unit.partition("/")
-    return "perplexity" in metric or (amount.strip() in COSTS and each.strip() != "s")
 
 
 def pareto(frame: pd.DataFrame, x: str, y: str) -> pd.Series:
@@ -184,7 +178,7 @@ def _spread(row: pd.Series[Any], metric: str) -> list[list[float]] | None:
 
 
 def _costs(frame: pd.DataFrame, metric: str) -> bool:
-    return lower_is_better(metric, frame.attrs.get("units", {}).get(metric, ""))
+    return direction(metric, frame.attrs.get("units", {}).get(metric, "")) < 0
 
 
 def _goodness(frame: pd.DataFrame, metric: str) -> np.ndarray[Any, Any]:
