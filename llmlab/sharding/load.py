@@ -195,19 +195,16 @@ def _part_of_layer(name: str, owner: torch.nn.Module, config: PreTrainedConfig, 
     bits, groups = (owner.bits, owner.groups) if isinstance(owner, QuantLinear) else (0, 1)
     own, words, whole = slice(first, end), slice(first * bits // 32, end * bits // 32), slice(None)
     if dimension == 0:
-        cut_parts: dict[str, Slices] = {
-            "weight": (own,),
-            "bias": (own,),
-            "qweight": (whole, own),
-            "scales": (whole, own),
-        }
-        return (cut_parts | {"qzeros": (whole, words)}).get(part, ())
+        columns: dict[str, Slices] = {"weight": (own,), "bias": (own,), "qweight": (whole, own)}
+        columns |= {"scales": (whole, own), "qzeros": (whole, words)}
+        return columns[part] if part in columns else ()
     size = owner.in_features // groups
     if groups > 1 and (first % size or end % size):
         raise InputError(f"{linear}: its groups of {size} inputs do not fit tensor {cut.size}: use another layout.")
     grids = slice(first // size, end // size) if groups > 1 else whole
     rows: dict[str, Slices] = {"weight": (whole, own), "qweight": (words,), "g_idx": (own,)}
-    return (rows | {"scales": (grids,), "qzeros": (grids,)}).get(part, ())
+    rows |= {"scales": (grids,), "qzeros": (grids,)}
+    return rows[part] if part in rows else ()
 
 
 def _fit(module: torch.nn.Module, name: str, config: PreTrainedConfig, cut: Cut) -> None:
