@@ -139,4 +139,4 @@ def fill(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{tensors.folder}: the tensor {missing[0]} is missing{more}.")
     if tied is not None:
-        head.weight = tied.get_input_embeddings().weight
+        tied.get_output_embeddings().weight = tied.get_input_embeddings().weight
