@@ -2,12 +2,14 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
 import pytest
 import torch
 from conftest import reference_kernel
+from safetensors.torch import load_file, save_file
 
 import llmlab
 from llmlab import InputError, NumericalError
@@ -147,6 +149,20 @@ def test_streamed_layers_are_the_models_own(tiny, tiny_folders):
     assert not ends.model.get_output_embeddings().weight.is_meta
     with pytest.raises(InputError, match="no files"):
         stream("random:llama-7b")
+
+
+def test_names_without_the_models_prefix_are_read_and_missing_tensors_counted(tiny_folders, tmp_path):
+    folder = shutil.copytree(tiny_folders["opt"], tmp_path / "opt")
+    tensors = load_file(folder / "model.safetensors")
+    short = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(short, folder / "model.safetensors", metadata={"format": "pt"})
+    _, read_layer = stream(str(folder))
+    assert torch.equal(read_layer(1).fc1.weight, tensors["model.decoder.layers.1.fc1.weight"])
+    del short["decoder.layers.1.fc1.weight"], short["decoder.layers.1.fc2.weight"]
+    save_file(short, folder / "model.safetensors", metadata={"format": "pt"})
+    _, read_layer = stream(str(folder))
+    with pytest.raises(InputError, match=r"model\.decoder\.layers\.1\.fc1\.weight is missing and 1 more"):
+        read_layer(1)
 
 
 def test_the_job_equals_quantizing_in_memory(tiny, tiny_folders, calibration, tmp_path):

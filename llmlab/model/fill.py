@@ -115,8 +115,8 @@ def fill(
 
     Raises InputError, which names the tensor, if one is missing or unfit (see `Tensors.read`).
     """
-    tied = isinstance(module, PreTrainedModel) and module.config.tie_word_embeddings
-    head = module.get_output_embeddings() if tied else None
+    tied = module if isinstance(module, PreTrainedModel) and module.config.tie_word_embeddings else None
+    head = None if tied is None else tied.get_output_embeddings()
     missing = []
     for path, owner in module.named_modules(prefix=name):
         for part, place in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
@@ -138,5 +138,5 @@ def fill(
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{tensors.folder}: the tensor {missing[0]} is missing{more}.")
-    if head is not None:
-        head.weight = module.get_input_embeddings().weight
+    if tied is not None:
+        tied.get_output_embeddings().weight = tied.get_input_embeddings().weight

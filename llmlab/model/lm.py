@@ -41,7 +41,7 @@ class LM:
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: PreTrainedTokenizerBase
     card: ModelCard
     name: str
     revision: str | None = None

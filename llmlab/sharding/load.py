@@ -194,20 +194,18 @@ def _part_of_layer(name: str, owner: torch.nn.Module, config: PreTrainedConfig, 
     dimension, (first, end) = part_of(linear, config, cut)
     bits, groups = (owner.bits, owner.groups) if isinstance(owner, QuantLinear) else (0, 1)
     own, words, whole = slice(first, end), slice(first * bits // 32, end * bits // 32), slice(None)
+    parts: dict[str, Slices]
     if dimension == 0:
-        cut_parts: dict[str, Slices] = {
-            "weight": (own,),
-            "bias": (own,),
-            "qweight": (whole, own),
-            "scales": (whole, own),
-        }
-        return (cut_parts | {"qzeros": (whole, words)}).get(part, ())
-    size = owner.in_features // groups
-    if groups > 1 and (first % size or end % size):
-        raise InputError(f"{linear}: its groups of {size} inputs do not fit tensor {cut.size}: use another layout.")
-    grids = slice(first // size, end // size) if groups > 1 else whole
-    rows: dict[str, Slices] = {"weight": (whole, own), "qweight": (words,), "g_idx": (own,)}
-    return (rows | {"scales": (grids,), "qzeros": (grids,)}).get(part, ())
+        parts = {"weight": (own,), "bias": (own,), "qweight": (whole, own), "scales": (whole, own)}
+        parts |= {"qzeros": (whole, words)}
+    else:
+        size = owner.in_features // groups
+        if groups > 1 and (first % size or end % size):
+            raise InputError(f"{linear}: its groups of {size} inputs do not fit tensor {cut.size}: use another layout.")
+        grids = slice(first // size, end // size) if groups > 1 else whole
+        parts = {"weight": (whole, own), "qweight": (words,), "scales": (grids,), "qzeros": (grids,), "g_idx": (own,)}
+    slices: Slices = parts.get(part, ())
+    return slices
 
 
 def _fit(module: torch.nn.Module, name: str, config: PreTrainedConfig, cut: Cut) -> None:
