@@ -13,7 +13,7 @@ Z95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distributi
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured value with its unit and, where it was estimated, a 95 % interval."""
+    """A measured value with its unit and, where it was estimated, the 95 % interval from `low` to `high`."""
 
     value: float
     unit: str = ""
