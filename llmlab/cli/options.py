@@ -48,9 +48,10 @@ def add_verb(app: typer.Typer, function: Callable[..., Payload], example: str, *
     groups: dict[str, type] = {}
     options: dict[str, inspect.Parameter] = {}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-        if is_dataclass(parameter.annotation):
-            groups[name] = parameter.annotation
-            options |= inspect.signature(parameter.annotation, eval_str=True).parameters
+        group = parameter.annotation
+        if isinstance(group, type) and is_dataclass(group):
+            groups[name] = group
+            options |= inspect.signature(group, eval_str=True).parameters
         else:
             options[name] = parameter
 

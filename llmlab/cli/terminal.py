@@ -42,7 +42,7 @@ def print_line(text: object, style: str = "") -> None:
 
 
 def make_table(
-    title: str, rows: Sequence[Mapping[str, object]], *, caption: str = "", styles: Sequence[str] = ()
+    title: str, rows: Sequence[Mapping[Any, object]], *, caption: str = "", styles: Sequence[str] = ()
 ) -> Table:
     """Rows with the same keys as a table: numbers to the right, four digits of a float, nothing taken as markup.
 
