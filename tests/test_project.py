@@ -273,9 +273,7 @@ def test_every_path_of_the_package_that_a_text_names_exists():
     for path in NOTEBOOKS:
         cells = json.loads(path.read_text())["cells"]
         texts[path.name] = "\n".join("".join(cell["source"]) for cell in cells)
-    named = {
-        (text, path.rstrip("./")) for text in texts for path in re.findall(r"(?<![\w/.])llmlab/[\w./]+", texts[text])
-    }
+    named = {(name, path) for name in texts for path in re.findall(r"(?<![\w/.])llmlab/[\w./]*\w", texts[name])}
     assert ("README.md", "llmlab/quantization/gptq.py") in named
-    missing = sorted((text, path) for text, path in named if not (CHECKOUT / path).exists())
+    missing = sorted((name, path) for name, path in named if not (CHECKOUT / path).exists())
     assert not missing

@@ -38,7 +38,7 @@ def write_json(path: Path | None, payload: dict[str, Any]) -> None:
 
 def print_line(text: object, style: str = "") -> None:
     """Print a text as it is: nothing in it is markup, and the console breaks no line."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(str(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def make_table(
@@ -49,11 +49,11 @@ def make_table(
     `styles` has a style of rich for each row; without it all are plain.
     """
     table = Table(title=escape(title), title_justify="left", caption=escape(caption), caption_justify="left")
-    for column in rows[0]:
-        numeric = any(isinstance(row[column], int | float) for row in rows)
-        table.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
-    for row, style in zip(rows, styles or [""] * len(rows), strict=True):
-        cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
+    shown = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    for column, cells in zip(rows[0], zip(*shown, strict=True), strict=True):
+        numbers = all(cell[:1] in "+-0123456789" for cell in cells)
+        table.add_column(escape(column), justify="right" if numbers else "left", overflow="fold")
+    for cells, style in zip(shown, styles or [""] * len(rows), strict=True):
         table.add_row(*map(escape, cells), style=style)
     return table
 
