@@ -50,8 +50,8 @@ def make_table(
     """
     table = Table(title=escape(title), title_justify="left", caption=escape(caption), caption_justify="left")
     shown = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
-    for column, cells in zip(rows[0], zip(*shown, strict=True), strict=True):
-        numbers = all(cell[:1] in "+-0123456789" for cell in cells)
+    for index, column in enumerate(rows[0]):
+        numbers = all(cells[index][:1] in "+-0123456789" for cells in shown)
         table.add_column(escape(column), justify="right" if numbers else "left", overflow="fold")
     for cells, style in zip(shown, styles or [""] * len(rows), strict=True):
         table.add_row(*map(escape, cells), style=style)
