@@ -9,13 +9,15 @@ llmlab.records()
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlab.base.version import __version__ as __version__
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # "import X as X" makes X public: type checkers read these lines, and `_homes` does at run time
     from llmlab import data as data
     from llmlab.base.errors import InputError as InputError
     from llmlab.base.errors import NumericalError as NumericalError
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
     from llmlab.decoding.generate import stream as stream
     from llmlab.jobs.over_ranks import ranks as ranks
     from llmlab.jobs.own_draft import self_4bit as self_4bit
-    from llmlab.lab.sweep import sweep as sweep
+    from llmlab.lab.sweep.sweep import sweep as sweep
     from llmlab.measure.record import Measurement as Measurement
+    from llmlab.measure.record import Record, Result
     from llmlab.measure.record import records as records
     from llmlab.model.card import ModelCard as ModelCard
     from llmlab.model.convert import with_dtype as with_dtype
@@ -47,39 +50,21 @@ if TYPE_CHECKING:
 # The torch profiler would write its own log lines into notebooks, as errors. It reads this when torch loads.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
-# Where each public name lives; imported on first use, so that `llmlab --help` does not wait for torch.
-_HOME = {
-    "Engine": "llmlab.decoding.engine",
-    "LM": "llmlab.model.lm",
-    "InputError": "llmlab.base.errors",
-    "Measurement": "llmlab.measure.record",
-    "Metric": "llmlab.base.stats",
-    "ModelCard": "llmlab.model.card",
-    "ModelDraft": "llmlab.decoding.drafts",
-    "NumericalError": "llmlab.base.errors",
-    "Prompt": "llmlab.data",
-    "PromptLookup": "llmlab.decoding.drafts",
-    "Question": "llmlab.data",
-    "generate": "llmlab.decoding.generate",
-    "load": "llmlab.model.load",
-    "model_card": "llmlab.model.load",
-    "perplexity": "llmlab.scoring.perplexity",
-    "plan": "llmlab.sharding.plan",
-    "quantize": "llmlab.quantization.walk",
-    "RankError": "llmlab.base.errors",
-    "ranks": "llmlab.jobs.over_ranks",
-    "records": "llmlab.measure.record",
-    "score": "llmlab.scoring.score",
-    "self_4bit": "llmlab.jobs.own_draft",
-    "SelfDraft": "llmlab.decoding.drafts",
-    "stream": "llmlab.decoding.generate",
-    "sweep": "llmlab.lab.sweep.sweep",
-    "with_dtype": "llmlab.model.convert",
-}
-__all__ = [*sorted(_HOME), "__version__", "data", "record"]
+
+def _homes() -> dict[str, str]:
+    """The module of each public name, read from the imports above, so that they are written once.
+
+    They are not carried out before a name is first used: `llmlab --help` does not wait for torch.
+    """
+    imports = [node for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names if alias.asname}
 
 
-def record(lm: LM, result: Any, **how: Any) -> Any:
+_HOMES = _homes()
+__all__ = [*sorted(_HOMES), "record"]
+
+
+def record(lm: LM, result: Result, **how: Any) -> Record:
     """Append the Record of a result on a model to data/runs/ and return it; `how` as in `measure.record.describe`."""
     from llmlab.measure.record import append, describe
 
@@ -89,8 +74,8 @@ def record(lm: LM, result: Any, **how: Any) -> Any:
 def __getattr__(name: str) -> Any:
     if name == "data":
         return importlib.import_module("llmlab.data")
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'llmlab' has no attribute {name!r}")
 
 

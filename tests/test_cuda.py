@@ -164,7 +164,7 @@ def test_an_old_driver_stops_neither_doctor_nor_records(server):
     assert found["hardware"]["cuda"]["driver"] == "535.183.01"
     assert "535.183.01" in found["hardware"]["cuda"]["problem"]
     with console.capture() as text:
-        doctor(None)
+        doctor()
     assert "Tesla V100-SXM2-32GB, capability" in text.get()
     assert "not usable" in text.get()
     assert text.get().splitlines()[-1] == found["hardware"]["cuda"]["problem"]  # in one line, to be copied

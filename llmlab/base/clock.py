@@ -12,6 +12,8 @@ import torch
 
 from llmlab.base.stats import Metric, median_interval
 
+HOPELESS = 4.0  # this many times slower than the fastest: not worth another round
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -35,53 +37,40 @@ def synchronize() -> None:
             torch.cuda.synchronize(index)
 
 
-def seconds_of(run: Callable[[], object], device: torch.device | None = None) -> float:
-    """Wall-clock seconds of one call, its work on a GPU included.
-
-    Args:
-        run: what it returns is dropped.
-        device: where it works; None means the CPU, which needs no waiting.
-    """
-    waits = device is not None and device.type == "cuda"
-    if waits:
-        torch.cuda.synchronize(device)
+def seconds_of(run: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call, its work on GPUs included; what it returns is dropped."""
+    synchronize()
     begin = time.perf_counter()
     run()
-    if waits:
-        torch.cuda.synchronize(device)
+    synchronize()
     return time.perf_counter() - begin
 
 
 def rounds(
-    candidates: Mapping[str, Callable[[], object]],
-    *,
-    counted: int = 5,
-    warmup: int = 1,
-    hopeless: float = 4.0,
+    candidates: Mapping[str, Callable[[], object]], *, counted: int = 5, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate on CPU, one after the other in every round: for choices made while a program runs.
+    """Seconds of each candidate, one after the other in every round: for choices made while a program runs.
+
+    A HOPELESS candidate keeps its time of the last warm-up alone: nobody waits for what will not be chosen.
 
     Args:
         candidates: name to function.
         counted: rounds that count.
-        warmup: rounds before them.
-        hopeless: a candidate this many times slower than the fastest in the last warm-up keeps that time alone: nobody
-            waits for what will not be chosen.
+        warmup: rounds before them, at least one.
     """
-    times: dict[str, list[float]] = {}
     for _ in range(warmup):
-        times = {name: [seconds_of(run)] for name, run in candidates.items()}
-    best = min((first for (first,) in times.values()), default=float("inf"))
-    racing = [name for name in candidates if not times or times[name][0] <= hopeless * best]
-    times |= {name: [] for name in racing}
+        first = {name: seconds_of(run) for name, run in candidates.items()}
+    bound = HOPELESS * min(first.values())
+    times = {name: [] if seconds <= bound else [seconds] for name, seconds in first.items()}
     for _ in range(counted):
-        for name in racing:
-            times[name].append(seconds_of(candidates[name]))
+        for name, seconds in first.items():
+            if seconds <= bound:
+                times[name].append(seconds_of(candidates[name]))
     return times
 
 
 def faster(candidate: Callable[[], object], baseline: Callable[[], object], *, counted: int = 7) -> float:
-    """How many times faster `candidate` is than `baseline` on CPU, here and now: medians of interleaved rounds."""
+    """How many times faster `candidate` is than `baseline`, here and now: ratio of medians of interleaved rounds."""
     times = rounds({"baseline": baseline, "candidate": candidate}, counted=counted)
     return statistics.median(times["baseline"]) / statistics.median(times["candidate"])
 
@@ -114,19 +103,16 @@ def compare(
     for turn in range(warmup + max_runs):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            synchronize()
-            begin = time.perf_counter()
-            candidates[name]()
-            synchronize()
+            taken = seconds_of(candidates[name])
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(taken)
         runs = turn + 1 - warmup
         if runs >= min_runs and min(map(sum, seconds.values())) >= min_seconds:
             break
     return {name: Timing(name, seconds[name], warmup) for name in names}
 
 
-def speedup(baseline: Timing, candidate: Timing, *, draws: int = 2000, seed: int = 0) -> Metric:
+def speedup(baseline: Timing, candidate: Timing) -> Metric:
     """How many times faster `candidate` is: ratio of medians, with a 95 % interval from resampling whole rounds.
 
     Both must come from one `compare`: rounds are paired, so noise that hits a round cancels in its ratio.
@@ -134,7 +120,7 @@ def speedup(baseline: Timing, candidate: Timing, *, draws: int = 2000, seed: int
     if len(baseline.seconds) != len(candidate.seconds):
         raise ValueError("a speedup needs two timings of the same rounds")
     a, b = np.array(baseline.seconds), np.array(candidate.seconds)
-    rounds = np.random.default_rng(seed).integers(len(a), size=(draws, len(a)))
+    rounds = np.random.default_rng(0).integers(len(a), size=(2000, len(a)))
     ratios = np.median(a[rounds], axis=1) / np.median(b[rounds], axis=1)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return Metric(float(np.median(a) / np.median(b)), "x", float(low), float(high))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Literal
 
-from huggingface_hub import HfApi
+from huggingface_hub import DatasetInfo, HfApi, ModelInfo
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -19,7 +19,7 @@ from llmlab.base.errors import InputError
 TIMEOUT_SECONDS = 10
 
 
-def ask(repo: str, kind: Literal["model", "dataset"], *, revision: str | None = None) -> Any | None:
+def ask(repo: str, kind: Literal["model", "dataset"], *, revision: str | None = None) -> ModelInfo | DatasetInfo | None:
     """What the Hub says of a repository, or None when the Hub cannot be reached (then only its local cache is left).
 
     The Hub's own clients retry for half a minute when there is no network; this asks once.

@@ -1,101 +1,141 @@
-"""Options and steps that several verbs of the command line share."""
+"""What the verbs share: how a function becomes a verb, options and groups of them, the steps around a measurement."""
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer import Option
 
-from llmlab.cli.terminal import check_file, console, write_json
+import llmlab
+from llmlab.base.errors import InputError
+from llmlab.cli.terminal import check_file, console, print_line, print_metrics, write_json
 
 if TYPE_CHECKING:
-    from llmlab.data import Question
     from llmlab.measure.energy import Energy
-    from llmlab.model.lm import LM
+    from llmlab.measure.record import Result
 
-Model = Annotated[str, typer.Option(help="smollm2 (built in), a Hub id, a folder, a .gguf file or random:SHAPE.")]
-Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; by default what suits the device.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")]
-BitsAndBytes = Annotated[str | None, typer.Option(help="Quantize at load: int8, nf4 or fp4.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a Hub model.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result and its record to this file.")]
-BatchSize = Annotated[int, typer.Option(help="Rows in one forward pass.")]
+T = TypeVar("T")
+Payload = dict[str, object]  # what --json writes
 
-
-def check_outputs(json_file: Path | None) -> None:
-    """Everything that is written at the end must be writable at the beginning."""
-    check_file(json_file)
-    from llmlab.measure.record import check_store
-
-    check_store()
+Model = Annotated[str, Option(help="smollm2 (built in), a Hub id, a folder, a .gguf file or random:SHAPE.")]
+Device = Annotated[str | None, Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")]
+Dtype = Annotated[str | None, Option(help="fp32, bf16 or fp16; by default what suits the device.")]
+Data = Annotated[str, Option(help="everyday (built in), hellaswag, or a JSON Lines file.")]
+Limit = Annotated[int | None, Option(help="Use the first N questions; by default all.")]
+Repeats = Annotated[int, Option(help="Counted runs of each candidate, interleaved.")]
+BatchSize = Annotated[int, Option(help="Rows in one forward pass.")]
+Json = Annotated[Path | None, Option("--json", help="Write the result and its record to this file.")]
 
 
-def read_rows(data: str, limit: int | None) -> list[Question]:
-    """The questions of --data: a known set or a file."""
-    from llmlab import data as sources
+def add_verb(app: typer.Typer, function: Callable[..., Payload], example: str, *, records: bool = False) -> None:
+    """Make a function a verb: its parameters become options, its docstring the help.
 
-    if data == "everyday":
-        return sources.everyday(limit)
-    if data == "hellaswag":
-        return sources.hellaswag(limit)
-    return sources.read_questions(data, limit=limit)
+    A parameter whose type is a dataclass stands for the fields of that class: a group of options. Every verb has
+    --json, a file with what the function returns; the status is 1 if that says that something `failed`.
+
+    Args:
+        app: the command line, or the part of it, that the verb is added to.
+        function: does the work.
+        example: how the verb is called, without "llmlab".
+        records: the function appends a record: it is proved first that one can be written.
+    """
+    groups: dict[str, type] = {}
+    options: dict[str, inspect.Parameter] = {}
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        group = parameter.annotation
+        if isinstance(group, type) and is_dataclass(group):
+            groups[name] = group
+            options |= inspect.signature(group, eval_str=True).parameters
+        else:
+            options[name] = parameter
+
+    def command(json_file: Json = None, **values: object) -> None:
+        check_file(json_file)
+        if records:
+            from llmlab.measure.record import check_store
+
+            check_store()
+        for name, group in groups.items():
+            values[name] = group(**{option: values.pop(option) for option in inspect.signature(group).parameters})
+        payload = function(**values)
+        write_json(json_file, payload)
+        if payload.get("failed"):
+            raise typer.Exit(1)
+
+    options["json_file"] = inspect.signature(command, eval_str=True).parameters["json_file"]
+    by_name = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options.values()]
+    command.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]  # typer reads it
+    app.command(function.__name__, help=inspect.getdoc(function), epilog=f"Example: llmlab {example}")(command)
 
 
-def load_model(
-    model: str,
-    dtype: str | None,
-    device: str | None,
-    bitsandbytes: str | None,
-    revision: str | None,
-    trust: bool,
-    check: Callable[[LM], object] | None = None,
-) -> tuple[LM, float]:
-    """Load the model of --model; returns it and the seconds that took."""
-    from llmlab.model.load import load
+@dataclass
+class Place:
+    """A model, and the device that it runs on."""
 
-    begin = time.perf_counter()
-    with console.status(f"loading {model}"):
-        lm = load(
-            model,
-            dtype=dtype,
-            device=device,
-            bitsandbytes=bitsandbytes,
-            revision=revision,
-            trust_remote_code=trust,
-            check=check,
-        )
-    return lm, time.perf_counter() - begin
+    model: Model = "smollm2"
+    device: Device = None
 
+    def load(self, dtype: str | None = None, **options: Any) -> llmlab.LM:
+        """The model in a dtype, by default the one that suits the device; other options as in `llmlab.load`."""
+        with console.status(f"loading {self.model}"):
+            return llmlab.load(self.model, dtype=dtype, device=self.device, **options)
 
-def load_half(lm: LM, model: str, device: str | None) -> LM | None:
-    """The same model in the half precision that is fast on its device; None, with a sentence, where none is."""
-    from llmlab.kernels.fast import advice, half_dtype
+    def load_half(self, lm: llmlab.LM) -> llmlab.LM | None:
+        """The model in the half precision that is fast where `lm` is; None, with a printed reason, where none is."""
+        from llmlab.kernels.fast import advice, half_dtype
 
-    dtype = half_dtype(lm.device)
-    if dtype is None:
-        console.print(f"half precision is left out: {advice(lm.device)}", highlight=False, soft_wrap=True)
+        if dtype := half_dtype(lm.device):
+            return self.load(dtype)
+        print_line(f"half precision is left out: {advice(lm.device)}")
         return None
-    return load_model(model, dtype, device, None, None, False)[0]
 
 
-def measuring(run: Callable[[], Any], lm: LM) -> tuple[Any, Energy]:
+@dataclass
+class Loading(Place):
+    """A model and everything that can be said of how it is loaded."""
+
+    dtype: Dtype = None
+    bitsandbytes: Annotated[str | None, Option(help="Quantize at load: int8, nf4 or fp4.")] = None
+    revision: Annotated[str | None, Option(help="Branch, tag or commit of a Hub model.")] = None
+    trust_remote_code: Annotated[bool, Option("--trust-remote-code", help="Run code of a Hub model.")] = False
+
+    def load_checked(self, check: Callable[[llmlab.LM], object]) -> tuple[llmlab.LM, float]:
+        """The model and the seconds that loading took; `check` may refuse it before a weight is read."""
+        begin, options = time.perf_counter(), asdict(self)
+        del options["model"], options["device"]
+        return self.load(check=check, **options), time.perf_counter() - begin
+
+
+def read_rows(data: str, limit: int | None) -> list[llmlab.Question]:
+    """The questions of --data: a known set or a file."""
+    known = {"everyday": llmlab.data.everyday, "hellaswag": llmlab.data.hellaswag}
+    return known[data](limit) if data in known else llmlab.data.read_questions(data, limit=limit)
+
+
+def check_positive(**numbers: int) -> None:
+    """Raise InputError for the first number below 1; the names say what is counted."""
+    for what, number in numbers.items():
+        if number < 1:
+            raise InputError(f"{number} {what.replace('_', ' ')}: give positive numbers.")
+
+
+def measuring(run: Callable[[], T], lm: llmlab.LM) -> tuple[T, Energy]:
     """What `run` returns, and the energy that it took on the model's device, where that can be measured."""
     from llmlab.measure.energy import measure_energy
 
-    found: list[Any] = []
-    energy = measure_energy(lambda: found.append(run()), lm.device)
-    console.print(f"energy: {energy}", highlight=False, markup=False)
-    return found[0], energy
+    results: list[T] = []
+    energy = measure_energy(lambda: results.append(run()), lm.device)
+    print_line(f"energy: {energy}")
+    return results[0], energy
 
 
-def finish(lm: LM, result: Any, extra: dict[str, Any], json_file: Path | None, **how: Any) -> None:
-    """Append the record of a result and write the file of --json."""
-    from llmlab.measure.record import append, describe
-
-    record = append(describe(lm, result, **how))
-    own = result.as_dict() if hasattr(result, "as_dict") else {}
-    write_json(json_file, own | extra | {"record": record.as_dict()})
+def finish(title: str, lm: llmlab.LM, result: Result, payload: Payload, **how: Any) -> Payload:
+    """Print a result, append its record (`how` as in `llmlab.record`) and return the payload with the record in it."""
+    print_metrics(title, result.metrics(), result.protocol)
+    return payload | {"record": llmlab.record(lm, result, **how).as_dict()}

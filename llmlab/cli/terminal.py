@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from llmlab.base.errors import InputError
 from llmlab.base.paths import atomic, check_writable, home
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from llmlab.base.stats import Metric
 
 console = Console()
@@ -37,57 +36,42 @@ def write_json(path: Path | None, payload: dict[str, Any]) -> None:
             temporary.write_text(json.dumps(payload, indent=1, default=str) + "\n", encoding="utf-8")
 
 
+def print_line(text: object, style: str = "") -> None:
+    """Print a text as it is: nothing in it is markup, and the console breaks no line."""
+    console.print(str(text), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def make_table(
+    title: str, rows: Sequence[Mapping[Any, object]], *, caption: str = "", styles: Sequence[str] = ()
+) -> Table:
+    """Rows with the same keys as a table: numbers to the right, four digits of a float, nothing taken as markup.
+
+    `styles` has a style of rich for each row; without it all are plain.
+    """
+    table = Table(title=escape(title), title_justify="left", caption=escape(caption), caption_justify="left")
+    shown = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    for index, column in enumerate(rows[0]):
+        numbers = all(cells[index][:1] in "+-0123456789" for cells in shown)
+        table.add_column(escape(column), justify="right" if numbers else "left", overflow="fold")
+    for cells, style in zip(shown, styles or [""] * len(rows), strict=True):
+        table.add_row(*map(escape, cells), style=style)
+    return table
+
+
 def print_metrics(title: str, metrics: dict[str, Metric], protocol: str) -> None:
     """Print measurements as a table, the protocol below it."""
-    table = Table(title=escape(title), title_justify="left", caption=escape(protocol), caption_justify="left")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("95 % interval", justify="right")
-    table.add_column("unit")
+    rows: list[dict[str, object]] = []
     for name, metric in metrics.items():
         interval = "" if metric.low is None or metric.high is None else f"{metric.low:.4g} – {metric.high:.4g}"
-        table.add_row(name, f"{metric.value:.4g}", interval, metric.unit)
-    console.print(table)
-
-
-def plan_table(title: str, frame: pd.DataFrame) -> Table:
-    """A plan's layouts as a table; what does not fit is dimmed."""
-    table = Table(
-        title=escape(title), title_justify="left", caption="GiB on the fullest device", caption_justify="left"
-    )
-    for column in frame.columns:
-        table.add_column(str(column), justify="left" if column in ("layout", "verdict") else "right")
-    for row in frame.itertuples(index=False):
-        cells = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in row]
-        table.add_row(*map(escape, cells), style="dim" if cells[-1] != "fits" else "")
-    return table
-
-
-def ablation_table(steps: list[dict[str, Any]]) -> Table:
-    """The ablation's steps, each keeping the ones before it."""
-    table = Table(title="ablation (every step keeps the ones before it)", title_justify="left")
-    for column in ("step", "dtype", "tokens", "padding", "seconds", "speed", "MFU", "max |Δ|"):
-        table.add_column(column, justify="left" if column in ("step", "dtype") else "right")
-    for step in steps:
-        table.add_row(
-            escape(step["step"]),
-            step["dtype"],
-            f"{step['tokens']:,}",
-            f"{step['padding']:.1%}",
-            f"{step['seconds']:.2f}",
-            f"{step['speedup']:.2f}x",
-            f"{step['mfu']:.0%}",
-            f"{step['max_abs_delta']:.1g}",
-        )
-    return table
+        rows.append({"metric": name, "value": metric.value, "95 % interval": interval, "unit": metric.unit})
+    console.print(make_table(title, rows, caption=protocol))
 
 
 def doctor_table(found: dict[str, Any]) -> Table:
     """The inventory of measure.environment as one table."""
     machine = found["hardware"]
-    table = Table(title=f"llmlab {found['llmlab']} ({found['commit'] or 'no checkout'})", title_justify="left")
-    table.add_column("what")
-    table.add_column("here", overflow="fold")
+    title = f"llmlab {found['llmlab']} ({found['commit'] or 'no checkout'})"
+    table = Table("what", Column("here", overflow="fold"), title=title, title_justify="left")
 
     def row(what: str, here: str, style: str = "") -> None:
         table.add_row(escape(what), escape(here), style=style)
@@ -107,14 +91,13 @@ def doctor_table(found: dict[str, Any]) -> Table:
         row(name, version or "not installed", "" if version else "dim")
     table.add_section()
     for kernel in found["kernels"]:
-        usable = kernel["usable"]
-        row(kernel["kernel"], f"{'usable' if usable else 'no'}: {kernel['reason']}", "green" if usable else "yellow")
+        answer, style = ("usable", "green") if kernel["usable"] else ("no", "yellow")
+        row(kernel["kernel"], f"{answer}: {kernel['reason']}", style)
     for operation, speed in found["fast"].items():
         row(operation, f"{speed['rate'] / 1e9:.1f} G{speed['unit']}")
     row("default dtype", found["default_dtype"])
     row("advice", found["advice"], "bold")
     for energy in found["energy"]:
-        usable = energy["usable"]
-        answer = "measured" if usable else "not measured here"
-        row(energy["device"], f"{answer}: {energy['reason']}", "green" if usable else "yellow")
+        answer, style = ("measured", "green") if energy["usable"] else ("not measured here", "yellow")
+        row(energy["device"], f"{answer}: {energy['reason']}", style)
     return table

@@ -251,7 +251,7 @@ class Engine:
         runs: dict[int, list[float]] = {w: [] for w in widths}
         for turn in range(RECORD + 1 + repeats):
             for width in widths:
-                seconds = seconds_of(partial(self.forward, [[0] * width] * rows), self.device)
+                seconds = seconds_of(partial(self.forward, [[0] * width] * rows))
                 if turn > RECORD:  # those before are warm-ups, and record the passes
                     runs[width].append(seconds)
         least = 0.0
