@@ -139,7 +139,7 @@ def challenge(
         lm = load(model, dtype=dtype, device=device, layers=layers, seed=seed)
         loaded = time.perf_counter()
         sequences = synthetic_sequences(limit, lm.card.vocab_size, seed=seed)
-        inference = seconds_of(lambda: shared.log_probs(lm, sequences), lm.device)
+        inference = seconds_of(lambda: shared.log_probs(lm, sequences))
         total = time.perf_counter() - begin
         return lm, _submission(lm, sequences, None, (loaded - begin, inference, total), seed)
     if devices > 1:

@@ -113,6 +113,8 @@ def quantization(
 ) -> Payload:
     """Bits x method -> perplexity, accuracy, divergence, size and speed (about 40 minutes for the built-in model on
     2 cores)."""
+    from llmlab.bench.quantization import bench_quantization, line, measurement
+    from llmlab.quantization.calibration import calibration_rows
 
     check_positive(repeats=repeats)
     text = llmlab.data.read_text(calibration) if calibration else llmlab.data.wikitext("valid")
