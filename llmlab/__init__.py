@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from llmlab.base.stats import Metric as Metric
     from llmlab.data import Prompt as Prompt
     from llmlab.data import Question as Question
-    from llmlab.decoding.drafts import ModelDraft as ModelDraft
-    from llmlab.decoding.drafts import PromptLookup as PromptLookup
-    from llmlab.decoding.drafts import SelfDraft as SelfDraft
     from llmlab.decoding.engine import Engine as Engine
     from llmlab.decoding.generate import generate as generate
     from llmlab.decoding.generate import stream as stream
+    from llmlab.decoding.lookup import PromptLookup as PromptLookup
+    from llmlab.decoding.model_draft import ModelDraft as ModelDraft
+    from llmlab.decoding.self_draft import SelfDraft as SelfDraft
     from llmlab.jobs.over_ranks import ranks as ranks
     from llmlab.jobs.own_draft import self_4bit as self_4bit
     from llmlab.lab.sweep import sweep as sweep
@@ -55,10 +55,10 @@ _HOME = {
     "Measurement": "llmlab.measure.record",
     "Metric": "llmlab.base.stats",
     "ModelCard": "llmlab.model.card",
-    "ModelDraft": "llmlab.decoding.drafts",
+    "ModelDraft": "llmlab.decoding.model_draft",
     "NumericalError": "llmlab.base.errors",
     "Prompt": "llmlab.data",
-    "PromptLookup": "llmlab.decoding.drafts",
+    "PromptLookup": "llmlab.decoding.lookup",
     "Question": "llmlab.data",
     "generate": "llmlab.decoding.generate",
     "load": "llmlab.model.load",
@@ -71,7 +71,7 @@ _HOME = {
     "records": "llmlab.measure.record",
     "score": "llmlab.scoring.score",
     "self_4bit": "llmlab.jobs.own_draft",
-    "SelfDraft": "llmlab.decoding.drafts",
+    "SelfDraft": "llmlab.decoding.self_draft",
     "stream": "llmlab.decoding.generate",
     "sweep": "llmlab.lab.sweep.sweep",
     "with_dtype": "llmlab.model.convert",

@@ -150,7 +150,6 @@ def test_every_verb_has_help_with_an_example(run):
         (("generate", "--prompt", ""), "prompt 0 is empty"),
         (("generate", "--prompt", "a", "--prompts", "b"), "not both"),
         (("generate", "--prompt", "a", "--temperature", "-1"), "temperature -1"),
-        (("generate", "--prompt", "a", "--draft", "exit-99"), "early exit after 99 layers"),
         (("generate", "--prompt", "a", "--draft", "nothing"), "unknown model 'nothing'"),
         (("generate", "--prompt", "a", "--k", "99"), "k = 99 drafted tokens"),
         (("generate", "--prompt", "a", "--stop", ""), "empty stop string"),

@@ -32,7 +32,7 @@ from llmlab.cli.options import (
 from llmlab.cli.terminal import check_file, console, doctor_table, plan_table, print_metrics, write_json
 
 if TYPE_CHECKING:
-    from llmlab.decoding.drafts import Draft
+    from llmlab.decoding.draft import Draft
     from llmlab.model.lm import LM
 
 INTERRUPTED = 128 + signal.SIGINT  # the status that shells give
@@ -127,7 +127,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
     draft: Annotated[
-        str | None, typer.Option(help="Speculate: lookup, self-4bit, exit-N or a model; several with commas.")
+        str | None, typer.Option(help="Speculate: lookup, self-4bit or a model; several with commas.")
     ] = None,
     k: Annotated[int | None, typer.Option(help="Tokens drafted a pass; by default as many as pay.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End a completion at this text; several times.")] = None,

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from llmlab.base.stats import Metric
+
 MARGIN = 1.05  # a gain below it is within what is not known of rates and times
 
 
@@ -175,3 +177,12 @@ class Tally:
         if not (self.tokens and self.plain_seconds):
             return 1.0
         return self.predicted_tokens_per_second / (self.tokens / self.plain_seconds)
+
+    def metrics(self) -> dict[str, Metric]:
+        """The main numbers with their units."""
+        return {
+            "acceptance_rate": Metric(self.acceptance_rate),
+            "tokens_per_pass": Metric(self.tokens_per_pass, "token"),
+            "predicted_tokens_per_second": Metric(self.predicted_tokens_per_second, "token/s"),
+            "predicted_speedup": Metric(self.predicted_speedup, "x"),
+        }

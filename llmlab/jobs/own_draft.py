@@ -1,4 +1,4 @@
-"""Drafts by name, for the command line and the public face: "lookup", "self-4bit", "exit-10", or another model."""
+"""Drafts by name, for the command line and the public face: "lookup", "self-4bit", or another model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import torch
 
 from llmlab.base.errors import InputError
 from llmlab.decoding.cost import best_k, speedup
-from llmlab.decoding.drafts import Draft, PromptLookup, SelfDraft, as_draft
+from llmlab.decoding.draft import Draft
 from llmlab.decoding.engine import Engine
+from llmlab.decoding.lookup import PromptLookup
+from llmlab.decoding.model_draft import as_draft
+from llmlab.decoding.self_draft import SelfDraft
 from llmlab.kernels.fast import packed_dtype
 from llmlab.kernels.packed_linear import QuantLinear, prepare
 from llmlab.model.convert import with_dtype
@@ -26,24 +29,21 @@ def named_drafts(lm: LM, names: str) -> list[Draft]:
 
     Args:
         lm: the model that will verify.
-        names: separated by commas, asked in this order: "lookup"; "self-4bit"; "exit-N", the first N layers; else
-            what `llmlab.load` takes.
+        names: separated by commas, asked in this order: "lookup"; "self-4bit"; else what `llmlab.load` takes.
 
     Raises InputError for a name that means nothing or does not fit the model.
     """
-    found: list[Draft] = []
+    drafts: list[Draft] = []
     for name in (part.strip() for part in names.split(",")):
+        if not name:
+            raise InputError("--draft takes lookup, self-4bit or a model; several with commas.")
         if name == "lookup":
-            found.append(PromptLookup())
+            drafts.append(PromptLookup())
         elif name == "self-4bit":
-            found.append(SelfDraft(self_4bit(lm)))
-        elif name.startswith("exit-") and name[5:].isdigit():
-            found.append(SelfDraft(lm, layers=int(name[5:])))
-        elif name:
-            found.append(as_draft(lm, load(name, dtype=lm.dtype, device=lm.device)))
+            drafts.append(SelfDraft(self_4bit(lm)))
         else:
-            raise InputError("--draft takes lookup, self-4bit, exit-N or a model; several with commas.")
-    return found
+            drafts.append(as_draft(lm, load(name, dtype=lm.dtype, device=lm.device)))
+    return drafts
 
 
 def self_4bit(lm: LM, quantized: LM | None = None) -> LM:
@@ -68,8 +68,7 @@ def self_4bit(lm: LM, quantized: LM | None = None) -> LM:
 def forecast(engine: Engine, drafts: list[Draft], batch: int, most: int = 8) -> str:
     """What speculation should bring here, before it runs: measured passes, and the best k by acceptance rate."""
     engine.start(batch, 512)
-    profile = engine.profile()
-    widths = ", ".join(f"{width}: {seconds * 1e3:.1f}" for width, seconds in profile.items())
+    widths = ", ".join(f"{width}: {seconds * 1e3:.1f}" for width, seconds in engine.profile().items())
     lines = [f"cost model, batch {batch}: milliseconds of a pass by tokens a row: {widths}"]
     for draft in drafts:
         draft.begin(engine, [[0]] * batch, 512)
