@@ -280,7 +280,7 @@ def test_named_drafts_and_their_forecast(smollm2, engine):
     lookup, own = named_drafts(smollm2, "lookup, self-4bit")
     assert lookup.free and not own.free
     text = forecast(engine, [lookup, own], 1)
-    assert "milliseconds of a pass" in text and "self, rtn 4 bits, head 4 bits" in text
+    assert "milliseconds of a pass" in text and own.name in text and "head 4 bits" in own.name
     for wrong, message in (("", "takes lookup"), ("nothing-here", "nothing-here")):
         with pytest.raises(InputError, match=message):
             named_drafts(smollm2, wrong)

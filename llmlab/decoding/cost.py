@@ -97,7 +97,7 @@ def worth(left: Sequence[int], pace: Sequence[float]) -> list[float]:
 
 
 def plain_seconds(lengths: Sequence[int], seconds: Callable[[int], float]) -> float:
-    """Of plain decoding rows of these many tokens together, with the batch halved when half of its rows have ended.
+    """Seconds of plain decoding rows of these many tokens together; the batch halves when half of its rows have ended.
 
     `seconds(rows)`: of a pass over one token of each row.
     """
@@ -139,9 +139,10 @@ class Tally:
 
     def observe(self, source: str, depth: int, drafted: int, hits: int, trials: int) -> None:
         """One row of one pass."""
-        self.rows, self.drafted, self.accepted, self.trials = (
-            self.rows + 1, self.drafted + drafted, self.accepted + hits, self.trials + trials,
-        )  # fmt: skip
+        self.rows += 1
+        self.drafted += drafted
+        self.accepted += hits
+        self.trials += trials
         self.depths[source, depth] = self.depths.get((source, depth), 0) + 1
         if trials:
             before = self.by_source.get(source, (0, 0))
@@ -168,7 +169,7 @@ class Tally:
 
     @property
     def predicted_tokens_per_second(self) -> float:
-        """Of the whole run."""
+        """Predicted speed of the whole run."""
         return self.expected / self.seconds if self.seconds else 0.0
 
     @property

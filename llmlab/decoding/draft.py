@@ -33,7 +33,7 @@ class Proposal:
 
     @property
     def depths(self) -> list[int]:
-        """Of each token: 1 behind the row's last token."""
+        """How deep each token stands: 1 behind the row's last token."""
         depths: list[int] = []
         for parent in self.parents:
             depths.append(1 if parent < 0 else depths[parent] + 1)
@@ -41,7 +41,7 @@ class Proposal:
 
     @property
     def depth(self) -> int:
-        """Of the deepest token; 0 without one."""
+        """How deep the deepest token stands; 0 if there is none."""
         return max(self.depths, default=0)
 
     @property
@@ -93,4 +93,4 @@ class Draft(Protocol):
         """Only these rows go on."""
 
     def seconds(self) -> float:
-        """For one more token of every row."""
+        """Seconds that one more token of every row costs."""

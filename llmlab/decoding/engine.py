@@ -189,7 +189,7 @@ class Engine:
             self.cache.lengths[row] = first + len(slots)
 
     def seconds(self, width: int, batch: int | None = None) -> float:
-        """Of one pass over `width` tokens a row, from what `profile` measured; by default of the rows in the cache."""
+        """Seconds of a pass over `width` tokens of each of `batch` rows (those in the cache), from `profile`."""
         if not self.times.measured:
             self.profile()
         return self.times.seconds(batch or self.cache.batch, width)

@@ -146,7 +146,7 @@ def stream(
 def as_drafts(lm: LM, draft: Drafts) -> list[Draft]:
     """What `generate` takes as a draft, as a list."""
     several = draft if isinstance(draft, list) else [] if draft is None else [draft]
-    return [as_draft(lm, each) for each in several]
+    return [as_draft(lm, model_or_draft) for model_or_draft in several]
 
 
 def decode_settings(

@@ -32,7 +32,7 @@ class ModelDraft:
         self.seen = [list(ids) for ids in prompts]
 
     def propose(self, contexts: list[list[int]], k: int, sampling: Sampling) -> list[Proposal]:
-        """k tokens, one pass each."""
+        """k tokens for each row, a pass a token."""
         fresh = []
         for row, ids in enumerate(contexts):
             seen = self.seen[row]
@@ -55,7 +55,7 @@ class ModelDraft:
         self.seen = [self.seen[row] for row in rows]
 
     def seconds(self) -> float:
-        """Of one pass."""
+        """Seconds of one pass of the smaller model."""
         return self.engine.seconds(1)
 
 

@@ -39,7 +39,7 @@ class SelfDraft:
             self.engine = Engine(self.lm, cache_of=target)
 
     def propose(self, contexts: list[list[int]], k: int, sampling: Sampling) -> list[Proposal]:
-        """k tokens, one pass each."""
+        """k tokens for each row, a pass a token."""
         assert self.engine is not None
         return draft_chain(self.engine, [ids[-1:] for ids in contexts], k, sampling, self.name)
 
@@ -47,7 +47,7 @@ class SelfDraft:
         """The cache is the model's."""
 
     def seconds(self) -> float:
-        """Of one pass."""
+        """Seconds of one pass of the copy."""
         assert self.engine is not None
         return self.engine.seconds(1)
 

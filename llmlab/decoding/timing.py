@@ -26,7 +26,7 @@ class PassTimes:
         self.measured: dict[tuple[int, int], float] = {}  # by rows and width
 
     def seconds(self, rows: int, width: int) -> float:
-        """Of a pass over `width` tokens of each row, padded as the engine does it."""
+        """Seconds of a pass over `width` tokens of each row, padded as the engine does it."""
         wanted = rows * next((w for w in self.widths if w >= width), width)
         points = sorted((r * w, seconds) for (r, w), seconds in self.measured.items())
         below = max((point for point in points if point[0] <= wanted), default=points[0])

@@ -183,7 +183,7 @@ class Part(torch.nn.Module):
         self.product = product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Its product."""
+        """The product of the Linear whose place this is."""
         return self.product(x)
 
 
