@@ -56,16 +56,15 @@ def self_4bit(lm: LM, quantized: LM | None = None) -> LM:
         raise InputError(f"{lm.name} is quantized: its own 4-bit copy is itself. Draft with lookup or a smaller model.")
     packed = quantized or quantize(lm, method="rtn", scheme=Scheme(4, GROUP, search=False))
     packed = with_dtype(packed, packed_dtype(lm.device) if lm.device.type == "cpu" else lm.dtype)
-    head = packed.model.get_output_embeddings()
-    scheme = Scheme(4, GROUP)
+    model, scheme = packed.model, Scheme(4, GROUP)
+    head = model.get_output_embeddings()
     if type(head) is torch.nn.Linear and head.in_features % GROUP == 0 and head.out_features % 8 == 0:
-        model = packed.model
         model.set_output_embeddings(QuantLinear.pack(rtn(head.weight.float(), scheme), scheme.bits, head.bias))
         prepare(model, model.dtype)
     return replace(packed, transformation=f"{packed.transformation}, head 4 bits")
 
 
-def forecast(engine: Engine, drafts: list[Draft], batch: int, most: int = 8) -> str:
+def forecast(engine: Engine, drafts: list[Draft], batch: int) -> str:
     """What speculation should bring here, before it runs: measured passes, and the best k by acceptance rate."""
     engine.start(batch, 512)
     widths = ", ".join(f"{width}: {seconds * 1e3:.1f}" for width, seconds in engine.profile().items())
@@ -75,7 +74,7 @@ def forecast(engine: Engine, drafts: list[Draft], batch: int, most: int = 8) -> 
         seconds = draft.seconds()
         cases = []
         for acceptance in (0.5, 0.7, 0.9):
-            k = best_k(acceptance, engine.seconds, seconds, most)
+            k = best_k(acceptance, engine.seconds, seconds, 8)
             speed = speedup(acceptance, k, engine.seconds, seconds)
             cases.append(f"{acceptance:.0%} accepted: k = {k}, {speed:.2f}x")
         lines.append(f"{draft.name}: {seconds * 1e3:.1f} ms a token; {'; '.join(cases)}")
