@@ -25,12 +25,12 @@ if TYPE_CHECKING:  # "import X as X" makes X public: type checkers read these li
     from llmlab.base.stats import Metric as Metric
     from llmlab.data import Prompt as Prompt
     from llmlab.data import Question as Question
-    from llmlab.decoding.drafts import ModelDraft as ModelDraft
-    from llmlab.decoding.drafts import PromptLookup as PromptLookup
-    from llmlab.decoding.drafts import SelfDraft as SelfDraft
     from llmlab.decoding.engine import Engine as Engine
     from llmlab.decoding.generate import generate as generate
     from llmlab.decoding.generate import stream as stream
+    from llmlab.decoding.lookup import PromptLookup as PromptLookup
+    from llmlab.decoding.model_draft import ModelDraft as ModelDraft
+    from llmlab.decoding.self_draft import SelfDraft as SelfDraft
     from llmlab.jobs.over_ranks import ranks as ranks
     from llmlab.jobs.own_draft import self_4bit as self_4bit
     from llmlab.lab.sweep.sweep import sweep as sweep

@@ -11,13 +11,14 @@ import llmlab
 from llmlab import InputError
 from llmlab.bench.ablation import ablation
 from llmlab.bench.challenge import challenge, synthetic_sequences
-from llmlab.bench.decoders import Decoder, Run
+from llmlab.bench.decoders import Decoder
 from llmlab.bench.decoding import Unit, _difference, bench_decoding
 from llmlab.bench.decoding import measurement as decoding_measurement
 from llmlab.bench.scoring import bench_scoring, best_batch_size, measurement, own_matmul_flops, own_matmuls
 from llmlab.bench.sharding import bench_sharding
 from llmlab.bench.sharding import measurement as sharding_measurement
 from llmlab.data import ENDING_TOKENS, QUESTION_TOKENS
+from llmlab.decoding.writer import Run
 from llmlab.jobs.own_draft import self_4bit
 from llmlab.measure.memory import peak_bytes
 from llmlab.scoring.trie import question_tries

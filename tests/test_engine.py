@@ -5,11 +5,12 @@ import torch
 
 import llmlab
 from llmlab import InputError
-from llmlab.decoding.engine import RECORD, Engine
+from llmlab.decoding.engine import Engine
 from llmlab.kernels import fewrows
 from llmlab.kernels.fewrows import PackedLinear, WidenedRows
 from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.kernels.plain import onednn_takes
+from llmlab.kernels.replay import RECORD
 from llmlab.quantization.grid import Scheme
 
 PAST = [[5, 17, 99, 4], [200, 7], [31, 8, 1000, 12, 77]]
@@ -58,7 +59,7 @@ def test_trees_see_their_ancestors_alone_and_kept_branches_stay(tiny_folders, ro
         for row, ids in enumerate(past):
             for node, branch in branches.items():
                 assert torch.allclose(found[row, node], plain(lm, ids + branch)[-1], atol=1e-4)
-    assert len(engine._replays) == 1
+    assert len(engine.recorder.replays) == 1
     engine.keep([[0, 3, 5]] * rows)  # the branch 50, 52, 53
     after = engine.forward([[70]] * rows)
     for row, ids in enumerate(past):
@@ -76,7 +77,7 @@ def test_rows_that_end_leave_the_others_as_they_are(tiny):
 def test_a_replay_gives_the_same_numbers_to_the_bit(smollm2):
     engine, _ = started(smollm2, [[5, 17, 99, 4]])
     runs = [engine.forward([[11, 12]]) for _ in range(RECORD + 3)]
-    assert engine._replays and engine.seconds_recording > 0
+    assert engine.recorder.replays and engine.recorder.seconds > 0
     assert all(torch.equal(run, runs[0]) for run in runs)
 
 
@@ -99,6 +100,9 @@ def test_the_profile_keeps_nothing_and_rises_with_the_width(tiny):
     assert engine.cache.lengths == before
     assert list(found.values()) == sorted(found.values())
     assert engine.seconds(4) == pytest.approx(engine.seconds(5))  # it is padded to five
+    after = engine.forward([[9]] * len(PAST))  # replays what the profile recorded
+    for row, ids in enumerate(PAST):
+        assert torch.allclose(after[row, 0], plain(tiny, [*ids, 9])[-1], atol=1e-4)
     engine.cache.select([0])
     assert engine.seconds(1) <= found[1]  # fewer rows, less work
 
@@ -164,3 +168,22 @@ def test_no_way_that_this_processor_lacks_is_tried(monkeypatch):
     model = torch.nn.Sequential(torch.nn.Linear(8, 8).bfloat16(), torch.nn.Linear(8, 4))
     fewrows.prepare(model, torch.bfloat16)
     assert [type(module) for module in model] == [WidenedRows, PackedLinear]
+
+
+def test_the_engine_holds_each_weight_twice_at_most_and_the_model_stays_what_it_was(tiny_folders, tmp_path):
+    lm = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
+    before, weights = plain(lm, PAST[0]), {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+    first, second = Engine(lm), Engine(lm)
+    assert lm.weight_bytes <= first.memory_bytes <= 2.0 * lm.weight_bytes
+    assert second.memory_bytes == first.memory_bytes
+    assert torch.equal(plain(lm, PAST[0]), before)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in lm.model.state_dict().items())
+    # Matrices that lie side by side are saved one by one.
+    again = llmlab.load(str(lm.save(tmp_path / "saved")), dtype="fp32")
+    assert again.model.state_dict().keys() == weights.keys()
+    assert torch.equal(plain(again, PAST[0]), before)
+    without_cache = first.memory_bytes
+    first.start(2, 100)
+    first.prefill([[5, 6], [7]])
+    card = lm.card
+    assert first.memory_bytes - without_cache == 2 * card.layers * 2 * card.kv_heads * 128 * card.head_dim * 4

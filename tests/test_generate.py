@@ -4,7 +4,9 @@ from scipy.stats import chisquare
 
 import llmlab
 from llmlab import InputError
-from llmlab.decoding.sampling import next_token_probs, pick
+from llmlab.decoding.draft import Proposal, Sampling
+from llmlab.decoding.sampling import next_token_probs
+from llmlab.decoding.verify import verify
 
 PROMPTS = [
     "The capital of France is",
@@ -82,8 +84,13 @@ def test_samples_follow_the_distribution(temperature, top_p):
     assert torch.allclose(next_token_probs(logits[None], temperature, top_p)[0], expected, atol=1e-6)
     draws = 20_000
     generator = torch.Generator().manual_seed(0)
-    picked = pick(logits.expand(draws, 8), temperature, top_p, generator)
-    counts = torch.bincount(picked, minlength=8)
+
+    def sampled(temperature):
+        sampling = Sampling(temperature, top_p, generator)
+        tokens = [verify(Proposal(), logits[None], sampling)[1] for _ in range(draws)]
+        return torch.bincount(torch.tensor(tokens), minlength=8)
+
+    counts = sampled(temperature)
     assert counts[expected == 0].sum() == 0
     alive = expected > 0
 
@@ -92,8 +99,7 @@ def test_samples_follow_the_distribution(temperature, top_p):
         return chisquare(counts[alive].numpy(), share.numpy(), sum_check=False).pvalue
 
     assert p_value(counts) > 0.01
-    wrong = pick(logits.expand(draws, 8), temperature * 1.15, top_p, generator)
-    assert p_value(torch.bincount(wrong, minlength=8)) < 0.01  # the same test rejects a wrong temperature
+    assert p_value(sampled(temperature * 1.15)) < 0.01  # the same test rejects a wrong temperature
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,14 @@ from scipy.stats import chisquare
 
 import llmlab
 from llmlab import InputError
-from llmlab.decoding.drafts import ModelDraft, PromptLookup, Proposal, Sampling, SelfDraft
+from llmlab.decoding.draft import Proposal, Sampling
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import stream
+from llmlab.decoding.lookup import PromptLookup
+from llmlab.decoding.model_draft import ModelDraft
 from llmlab.decoding.sampling import next_token_probs
-from llmlab.decoding.speculative import verify
+from llmlab.decoding.self_draft import SelfDraft
+from llmlab.decoding.verify import verify
 from llmlab.jobs.own_draft import forecast, named_drafts, self_4bit
 
 pytestmark = pytest.mark.slow
@@ -49,7 +52,6 @@ def drafts(smollm2, packed, tiny_folders):
         "lookup": [PromptLookup()],
         "tree": [PromptLookup(longest=3, shortest=1, branches=3)],
         "self-4bit": [own],
-        "exit": [SelfDraft(smollm2, layers=20)],
         "model": [ModelDraft(stranger)],
         "itself": [ModelDraft(smollm2)],
         "cascade": [PromptLookup(), own],
@@ -57,7 +59,7 @@ def drafts(smollm2, packed, tiny_folders):
 
 
 @pytest.mark.parametrize("k, batch_size", [(4, 1), (None, 3)])
-@pytest.mark.parametrize("name", ["lookup", "tree", "self-4bit", "exit", "model", "itself", "cascade"])
+@pytest.mark.parametrize("name", ["lookup", "tree", "self-4bit", "model", "itself", "cascade"])
 def test_greedy_ids_are_those_of_plain_decoding(smollm2, engine, plain, drafts, name, k, batch_size):
     result = llmlab.generate(
         smollm2, PROMPTS, max_new_tokens=24, draft=drafts[name], k=k, batch_size=batch_size, engine=engine
@@ -88,7 +90,7 @@ def _path(step):
 def test_both_architectures_speculate_exactly(tiny):
     prompts = ["a b a b a b a", "the cat sat on the cat sat on", "one"]
     plain = [c.ids for c in llmlab.generate(tiny, prompts, max_new_tokens=20).completions]
-    for draft in (PromptLookup(shortest=1), SelfDraft(tiny, layers=1)):
+    for draft in (PromptLookup(shortest=1), SelfDraft(self_4bit(tiny))):
         for batch_size in (1, 3):
             result = llmlab.generate(tiny, prompts, max_new_tokens=20, draft=draft, k=3, batch_size=batch_size)
             assert [c.ids for c in result.completions] == plain
@@ -207,8 +209,16 @@ def test_sampling_with_drafts_repeats_with_the_seed_and_runs_in_batches(smollm2,
 
 
 def test_it_stops_speculating_where_that_does_not_pay(smollm2, engine):
-    early = SelfDraft(smollm2, layers=20)  # costs two thirds of the model and, untrained, is nearly never right
-    result = llmlab.generate(smollm2, PROMPTS[1:2], max_new_tokens=64, draft=early, engine=engine)
+    class Wrong(SelfDraft):
+        """Costs as much as the model and is never right."""
+
+        def propose(self, contexts, k, sampling):
+            proposals = super().propose(contexts, k, sampling)
+            for proposal in proposals:
+                proposal.tokens = [token + 1 for token in proposal.tokens]
+            return proposals
+
+    result = llmlab.generate(smollm2, PROMPTS[1:2], max_new_tokens=64, draft=Wrong(smollm2), engine=engine)
     assert result.speculation.acceptance_rate < 0.3
     assert result.speculation.drafted < 24  # of the 64 x 8 that a fixed k = 8 would have drafted
 
@@ -234,7 +244,7 @@ def test_a_stream_is_the_completion_in_pieces(smollm2, engine, draft):
     assert "".join(pieces) == whole
     assert len(pieces) > 3
     assert "\ufffd" not in "".join(pieces[:-1])
-    with pytest.raises(InputError, match="unknown option 'batch_size'"):
+    with pytest.raises(TypeError, match="batch_size"):
         stream(smollm2, prompt, batch_size=2)
     held_back = list(stream(smollm2, prompt, max_new_tokens=16, stop=[whole[4:8]], engine=engine))
     assert "".join(held_back) == whole[: whole.index(whole[4:8])]
@@ -267,11 +277,11 @@ def test_lookup_finds_the_longest_and_latest_match():
 
 
 def test_named_drafts_and_their_forecast(smollm2, engine):
-    lookup, early = named_drafts(smollm2, "lookup, exit-10")
-    assert lookup.free and early.layers == 10
-    text = forecast(engine, [lookup, early], 1)
-    assert "milliseconds of a pass" in text and "first 10 layers" in text
-    for wrong, message in (("", "takes lookup"), ("exit-30", "give 1 to 29"), ("nothing-here", "nothing-here")):
+    lookup, own = named_drafts(smollm2, "lookup, self-4bit")
+    assert lookup.free and not own.free
+    text = forecast(engine, [lookup, own], 1)
+    assert "milliseconds of a pass" in text and own.name in text and "head 4 bits" in own.name
+    for wrong, message in (("", "takes lookup"), ("nothing-here", "nothing-here")):
         with pytest.raises(InputError, match=message):
             named_drafts(smollm2, wrong)
 

@@ -2,9 +2,9 @@ import pytest
 
 import llmlab
 from llmlab import InputError
-from llmlab.decoding.drafts import PromptLookup
+from llmlab.decoding.lookup import PromptLookup
+from llmlab.decoding.loop import Step
 from llmlab.decoding.result import Completion
-from llmlab.decoding.speculative import Step
 from llmlab.lab import widgets
 from llmlab.lab.figures.speculation import read_passes
 from llmlab.lab.widgets.steps import step_html

@@ -15,8 +15,8 @@ from PIL import Image
 
 import llmlab
 from llmlab import InputError, Metric
+from llmlab.decoding.loop import Step
 from llmlab.decoding.result import Completion
-from llmlab.decoding.speculative import Step
 from llmlab.lab import widgets
 from llmlab.lab.figures import common as figures
 from llmlab.lab.figures import plan as plan_figures

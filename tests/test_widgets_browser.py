@@ -45,7 +45,7 @@ widgets.tradeoff_explorer(frame)""",
 SETUP = """
 import pandas as pd
 import llmlab
-from llmlab.decoding.drafts import PromptLookup
+from llmlab.decoding.lookup import PromptLookup
 from llmlab.lab import widgets
 lm = llmlab.load("smollm2")
 prompt = (

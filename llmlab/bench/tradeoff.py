@@ -21,10 +21,11 @@ from llmlab.base.errors import InputError
 from llmlab.base.stats import Z95, Metric, median_interval, proportion
 from llmlab.bench.combination import Combination
 from llmlab.data import Question, everyday, prompts
-from llmlab.decoding.drafts import Draft, SelfDraft
+from llmlab.decoding.draft import Draft
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import check_settings, encode_prompts, generate
 from llmlab.decoding.result import GenerateResult
+from llmlab.decoding.self_draft import SelfDraft
 from llmlab.jobs.over_ranks import ranks
 from llmlab.jobs.own_draft import named_drafts
 from llmlab.jobs.rank_parts import Job, Options, generate_part, score_part

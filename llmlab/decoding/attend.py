@@ -1,16 +1,18 @@
-"""Attention over a static cache, in the Python that TorchScript knows, too (see `record`): annotations are objects."""
+"""Attention over a static cache, in the Python that TorchScript knows, too (see `whole`): annotations are objects."""
 
 from typing import Optional
 
 import torch
 
+from llmlab.kernels.replay import whole
 
+
+@whole
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
     start: Optional[torch.Tensor],  # noqa: UP045
     slots: Optional[torch.Tensor],  # noqa: UP045
     mask: Optional[torch.Tensor],  # noqa: UP045
@@ -21,15 +23,14 @@ def attend(
     Args:
         query: [batch, heads, width, d].
         key: [batch, kv_heads, width, d]; `value` alike.
-        keys: [batch, kv_heads, capacity, d], the cache of this layer, which may have another dtype; `values` alike.
-        start: [], the first slot to write in every row; or None.
-        slots: [batch, width], the slot of each token; or None.
-        mask: [batch, 1, groups * width, seen], True where a token sees a slot; None if all see all that is written.
+        cache: keys and values of this layer, both [batch, kv_heads, capacity, d]; they may have another dtype.
+        start, slots, mask: see `PassInputs`.
         scale: of the scores.
 
     Returns:
         [batch, width, heads, d].
     """
+    keys, values = cache
     batch, heads, width, d = query.size(0), query.size(1), query.size(2), query.size(3)
     if start is not None:
         seen = int(start) + width
@@ -44,7 +45,7 @@ def attend(
         seen = mask.size(3)
     # Query heads that share a KV head stand as rows of one product, so that keys and values are read once.
     grouped = query.reshape(batch, key.size(1), -1, d).to(keys.dtype)
-    found = torch.nn.functional.scaled_dot_product_attention(
+    result = torch.nn.functional.scaled_dot_product_attention(
         grouped, keys[:, :, :seen], values[:, :, :seen], attn_mask=mask, scale=scale
     )
-    return found.reshape(batch, heads, width, d).transpose(1, 2).to(query.dtype)
+    return result.reshape(batch, heads, width, d).transpose(1, 2).to(query.dtype)

@@ -6,13 +6,12 @@ compiled. Nothing that a pass writes is kept until the engine says so: a rejecte
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import torch
 from transformers import AttentionInterface
 
+from llmlab.decoding.attend import attend
 from llmlab.kernels.plain import slow_on_cpu
 
 NAME = "llmlab_cache"
@@ -44,11 +43,6 @@ class Cache:
         keys, values = self.buffers[index]
         return keys[: self.batch], values[: self.batch]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(t.nbytes for pair in self.buffers.values() for t in pair)
-
     @torch.inference_mode()
     def move(self, row: int, sources: list[int], to: int) -> None:
         """Put the tokens in slots `sources` of a row into the slots from `to` on."""
@@ -66,41 +60,46 @@ class Cache:
         self.batch = len(rows)
 
 
-@dataclass(frozen=True)
-class Pass:
-    """What attention needs to know of one forward pass.
+class PassInputs(NamedTuple):
+    """Tensors of one forward pass.
 
     Attributes:
-        cache: the buffers.
+        input_ids, positions: [batch, width].
         start: first slot written, [] on CPU, for a row alone; else None.
         slots: [batch, width], the slot of each token, for several rows; else None.
         mask: [batch, 1, groups * width, seen], True where a token (below one another: the query heads of a KV head)
             sees a slot; None if every token sees all slots up to its own.
-        attend: `attend`, or its recording.
     """
 
-    cache: Cache
+    input_ids: torch.Tensor
+    positions: torch.Tensor
     start: torch.Tensor | None
     slots: torch.Tensor | None
     mask: torch.Tensor | None
-    attend: Callable[..., torch.Tensor]
+
+
+class Layer(Protocol):
+    """What transformers' attention modules have."""
+
+    layer_idx: int
 
 
 def cached_attention(
-    module: Any,
+    module: Layer,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    one: Pass,
+    static_cache: Cache,
+    inputs: PassInputs,
     scaling: float | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: [batch, heads, width, d] queries to [batch, width, heads, d]."""
-    keys, values = one.cache.layer(module.layer_idx, key)
+    buffers = static_cache.layer(module.layer_idx, key)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return one.attend(query, key, value, keys, values, one.start, one.slots, one.mask, scale), None
+    return attend(query, key, value, buffers, inputs.start, inputs.slots, inputs.mask, scale), None
 
 
 AttentionInterface.register(NAME, cached_attention)

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from llmlab.base.stats import Metric
+
 MARGIN = 1.05  # a gain below it is within what is not known of rates and times
 
 
@@ -95,7 +97,7 @@ def worth(left: Sequence[int], pace: Sequence[float]) -> list[float]:
 
 
 def plain_seconds(lengths: Sequence[int], seconds: Callable[[int], float]) -> float:
-    """Of plain decoding rows of these many tokens together, with the batch halved when half of its rows have ended.
+    """Seconds of plain decoding rows of these many tokens together; the batch halves when half of its rows have ended.
 
     `seconds(rows)`: of a pass over one token of each row.
     """
@@ -137,9 +139,10 @@ class Tally:
 
     def observe(self, source: str, depth: int, drafted: int, hits: int, trials: int) -> None:
         """One row of one pass."""
-        self.rows, self.drafted, self.accepted, self.trials = (
-            self.rows + 1, self.drafted + drafted, self.accepted + hits, self.trials + trials,
-        )  # fmt: skip
+        self.rows += 1
+        self.drafted += drafted
+        self.accepted += hits
+        self.trials += trials
         self.depths[source, depth] = self.depths.get((source, depth), 0) + 1
         if trials:
             before = self.by_source.get(source, (0, 0))
@@ -166,7 +169,7 @@ class Tally:
 
     @property
     def predicted_tokens_per_second(self) -> float:
-        """Of the whole run."""
+        """Predicted speed of the whole run."""
         return self.expected / self.seconds if self.seconds else 0.0
 
     @property
@@ -175,3 +178,12 @@ class Tally:
         if not (self.tokens and self.plain_seconds):
             return 1.0
         return self.predicted_tokens_per_second / (self.tokens / self.plain_seconds)
+
+    def metrics(self) -> dict[str, Metric]:
+        """The main numbers with their units."""
+        return {
+            "acceptance_rate": Metric(self.acceptance_rate),
+            "tokens_per_pass": Metric(self.tokens_per_pass, "token"),
+            "predicted_tokens_per_second": Metric(self.predicted_tokens_per_second, "token/s"),
+            "predicted_speedup": Metric(self.predicted_speedup, "x"),
+        }

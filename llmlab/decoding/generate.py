@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from llmlab.base.errors import InputError
 from llmlab.base.progress import progress
-from llmlab.decoding.cost import Tally
-from llmlab.decoding.drafts import Draft, Sampling, as_draft
+from llmlab.decoding.draft import Draft, Sampling
 from llmlab.decoding.engine import Engine
+from llmlab.decoding.loop import Settings, Step
+from llmlab.decoding.model_draft import as_draft
 from llmlab.decoding.result import Completion, GenerateResult
-from llmlab.decoding.speculative import Step, decode, room_for
+from llmlab.decoding.writer import Run, Writer
 from llmlab.model.lm import LM
+
+Drafts = Draft | LM | list[Draft | LM] | None
 
 
 def generate(
@@ -29,7 +32,7 @@ def generate(
     batch_size: int = 1,
     chat: bool = False,
     stop: list[str] | None = None,
-    draft: Draft | LM | list[Draft | LM] | None = None,
+    draft: Drafts = None,
     k: int | None = None,
     engine: Engine | None = None,
 ) -> GenerateResult:
@@ -45,9 +48,9 @@ def generate(
         batch_size: prompts decoded together; each row has its own length and ends by itself.
         chat: use the chat template.
         stop: texts at which a completion ends; they are left out, wherever tokens begin and end.
-        draft: speculate with it, or with several, asked in turn (see `drafts`); a model of the same shape, such as its
-            own quantized copy, or a smaller one with the same tokenizer. Exact: greedy ids stay the same in
-            fp32, samples keep their distribution.
+        draft: speculate with it, or with several, asked in turn; a model of the same shape, such as its own quantized
+            copy, or a smaller one with the same tokenizer. Exact: greedy ids stay the same in fp32, samples keep their
+            distribution.
         k: tokens drafted for each pass; None adapts it to what is accepted and what it costs.
         engine: `Engine(lm)` of an earlier call, to save the time of making one.
 
@@ -59,153 +62,118 @@ def generate(
     check_settings(prompts, max_new_tokens, temperature, top_p, batch_size, stop, k)
     begin = time.perf_counter()
     encoded = encode_prompts(lm, prompts, max_new_tokens=max_new_tokens, chat=chat)
-    drafts = _drafts(lm, draft)
-    engine = engine or Engine(lm)
-    sampling = Sampling(temperature, top_p, torch.Generator(device=lm.device).manual_seed(seed))
-    ends, tally = end_tokens(lm), Tally()
-    now = time.perf_counter()
-    if drafts:
-        warm_up(engine, drafts, min(batch_size, len(prompts)), room_for(encoded, max_new_tokens, k))
-    seconds_warmup = time.perf_counter() - now
-    produced: list[list[int]] = []
-    steps: list[list[Step]] = []
-    prefills, decodes = [], []
+    settings = decode_settings(lm, max_new_tokens, temperature, top_p, seed, stop, k)
+    writer = Writer(engine or Engine(lm), settings, as_drafts(lm, draft))
+    seconds_warmup = writer.warm_up(encoded, batch_size) if writer.drafts else 0.0
+    runs: list[Run] = []
     with progress(len(prompts), "generating", "prompt") as bar:
         for first in range(0, len(prompts), batch_size):
-            batch = encoded[first : first + batch_size]
-            rows: list[list[int]] = [[] for _ in batch]
-            history: list[list[Step]] = [[] for _ in batch]
-            now, recording = time.perf_counter(), _recording(engine, drafts)
-            passes = decode(
-                engine, batch, max_new_tokens=max_new_tokens, sampling=sampling,
-                finished=ending(lm, ends, stop or []), drafts=drafts, k=k, tally=tally,
-            )  # fmt: skip
-            for index, found in enumerate(passes):
-                if index == 0:
-                    prefills.append(time.perf_counter() - now)
-                    now = time.perf_counter()
-                for row, step in found.items():
-                    rows[row] += step.tokens
-                    history[row].append(step)
-            recording = _recording(engine, drafts) - recording
-            seconds_warmup += recording
-            decodes.append(time.perf_counter() - now - recording)
-            produced += rows
-            steps += history
-            bar.update(len(rows))
-    completions = [
-        complete(lm, prompt, ids, ends, stop or [], history)
-        for prompt, ids, history in zip(prompts, produced, steps, strict=True)
-    ]
-    new_tokens = sum(map(len, produced))
+            runs.append(writer.run(encoded[first : first + batch_size]))
+            bar.update(len(runs[-1].steps))
+    result = _result(prompts, encoded, writer, runs, stop)
+    seconds_warmup += sum(run.seconds_recording for run in runs)
+    seconds_total = time.perf_counter() - begin
+    return replace(result, batch_size=batch_size, seconds_warmup=seconds_warmup, seconds_total=seconds_total)
+
+
+def _result(
+    prompts: list[str], encoded: list[list[int]], writer: Writer, runs: list[Run], stop: Sequence[str] | None
+) -> GenerateResult:
+    """What the runs brought, batch by batch."""
+    lm, sampling = writer.engine.lm, writer.settings.sampling
+    ids = [of_prompt for run in runs for of_prompt in run.ids]
+    steps = [of_prompt for run in runs for of_prompt in run.steps]
+    rows = zip(prompts, ids, steps, strict=True)
     return GenerateResult(
-        completions=completions,
+        completions=[complete(lm, prompt, new, passes, stop) for prompt, new, passes in rows],
         prompt_tokens=sum(map(len, encoded)),
-        new_tokens=new_tokens,
-        decoded_tokens=new_tokens - len(prompts),
-        seconds_prefill=sum(prefills),
-        seconds_decode=sum(decodes),
-        seconds_first_token=sorted(prefills)[len(prefills) // 2],
-        seconds_warmup=seconds_warmup,
-        seconds_total=time.perf_counter() - begin,
-        temperature=temperature,
-        top_p=top_p,
-        batch_size=batch_size,
-        seed=seed,
-        draft=", then ".join(one.name for one in drafts),
-        speculation=tally if drafts else None,
+        new_tokens=sum(map(len, ids)),
+        decoded_tokens=sum(run.decoded for run in runs),
+        seconds_prefill=sum(run.seconds_first for run in runs),
+        seconds_decode=sum(run.seconds_decode for run in runs),
+        seconds_first_token=sorted(run.seconds_first for run in runs)[len(runs) // 2],
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.generator.initial_seed(),
+        draft=", then ".join(draft.name for draft in writer.drafts),
+        speculation=runs[-1].speculation,
+        memory_bytes=writer.memory_bytes,
     )
 
 
-def warm_up(engine: Engine, drafts: list[Draft], batch: int, room: int) -> None:
-    """Measure (and so record) the passes of a model and its drafts, before a clock runs; the cost model needs them."""
-    engine.start(batch, room)
-    engine.profile()
-    for draft in drafts:
-        draft.begin(engine, [[0]] * batch, room)
-        draft.seconds()
-
-
-def _recording(engine: Engine, drafts: list[Draft]) -> float:
-    return engine.seconds_recording + sum(d.engine.seconds_recording for d in drafts if d.engine)
-
-
-def stream(lm: LM, prompt: str, **options: Any) -> Iterator[str]:
-    """The completion of one prompt, piece by piece as it comes; options as for `generate` (no batch size).
+def stream(
+    lm: LM,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool = False,
+    stop: list[str] | None = None,
+    draft: Drafts = None,
+    k: int | None = None,
+    engine: Engine | None = None,
+) -> Iterator[str]:
+    """The completion of one prompt, piece by piece as it comes; arguments as for `generate`.
 
     Raises what `generate` raises, before the first piece.
     """
-    settings = {"max_new_tokens": 64, "temperature": 0.0, "top_p": 1.0, "seed": 0, "chat": False} | options
-    unknown = settings.keys() - {
-        "max_new_tokens",
-        "temperature",
-        "top_p",
-        "seed",
-        "chat",
-        "stop",
-        "draft",
-        "k",
-        "engine",
-    }
-    if unknown:
-        raise InputError(f"unknown option {sorted(unknown)[0]!r} of stream.")
-    stop, draft, k = settings.get("stop") or [], settings.get("draft"), settings.get("k")
-    most = settings["max_new_tokens"]
-    check_settings([prompt], most, settings["temperature"], settings["top_p"], 1, stop, k)
-    encoded = encode_prompts(lm, [prompt], max_new_tokens=most, chat=settings["chat"])
-    generator = torch.Generator(device=lm.device).manual_seed(settings["seed"])
-    passes = decode(
-        settings.get("engine") or Engine(lm), encoded, max_new_tokens=most,
-        sampling=Sampling(settings["temperature"], settings["top_p"], generator),
-        finished=ending(lm, end_tokens(lm), stop), drafts=_drafts(lm, draft), k=k,
-    )  # fmt: skip
+    check_settings([prompt], max_new_tokens, temperature, top_p, 1, stop, k)
+    encoded = encode_prompts(lm, [prompt], max_new_tokens=max_new_tokens, chat=chat)
+    settings = decode_settings(lm, max_new_tokens, temperature, top_p, seed, stop, k)
+    passes = Writer(engine or Engine(lm), settings, as_drafts(lm, draft)).passes(encoded)
 
     def pieces() -> Iterator[str]:
         ids: list[int] = []
         said = ""
-        hold = max(map(len, stop), default=0)  # the end of the text may become a stop string
-        for found in passes:
-            ids += found[0].tokens
-            text = complete(lm, prompt, ids, end_tokens(lm), stop, []).text
+        hold = max(map(len, stop or []), default=0)  # the end of the text may become a stop string
+        for after_pass in passes:
+            ids += after_pass[0].tokens
+            text = complete(lm, prompt, ids, [], stop).text
             # An unfinished character decodes to U+FFFD until its last byte is there.
             ready = text[: max(0, len(text) - hold)] if not text.endswith("\ufffd") else said
             if len(ready) > len(said):
                 yield ready[len(said) :]
                 said = ready
-        text = complete(lm, prompt, ids, end_tokens(lm), stop, []).text
+        text = complete(lm, prompt, ids, [], stop).text
         if len(text) > len(said):
             yield text[len(said) :]
 
     return pieces()
 
 
-def _drafts(lm: LM, draft: Any) -> list[Draft]:
-    asked = draft if isinstance(draft, list) else [] if draft is None else [draft]
-    return [as_draft(lm, one) for one in asked]
+def as_drafts(lm: LM, draft: Drafts) -> list[Draft]:
+    """What `generate` takes as a draft, as a list."""
+    several = draft if isinstance(draft, list) else [] if draft is None else [draft]
+    return [as_draft(lm, model_or_draft) for model_or_draft in several]
 
 
-def ending(lm: LM, ends: set[int], stop: list[str]) -> Callable[[int, list[int]], int | None]:
-    """Whether a row with these new tokens has ended: at an end token, or when its text holds a stop string."""
+def decode_settings(
+    lm: LM,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] | None = None,
+    k: int | None = None,
+) -> Settings:
+    """What the loop is told; arguments as for `generate`. A row ends at an end token or when a stop string is there."""
+    ends = end_tokens(lm)
 
-    def finished(row: int, ids: list[int]) -> int | None:
-        del row
-        if ids[-1] in ends:
-            return len(ids)
-        if stop and any(text in lm.decode(ids) for text in stop):
-            return len(ids)
-        return None
+    def finished(ids: list[int]) -> bool:
+        return ids[-1] in ends or any(text in lm.decode(ids) for text in stop or [])
 
-    return finished
+    sampling = Sampling(temperature, top_p, torch.Generator(device=lm.device).manual_seed(seed))
+    return Settings(max_new_tokens, sampling, finished, k)
 
 
-def complete(
-    lm: LM, prompt: str, ids: list[int], ends: set[int], stop: list[str], steps: list[Step]
-) -> Completion:  # fmt: skip
+def complete(lm: LM, prompt: str, ids: list[int], steps: list[Step], stop: Sequence[str] | None = None) -> Completion:
     """A completion of new tokens: without the end token, its text without the stop string and what follows."""
-    stopped = bool(ids) and ids[-1] in ends
+    stopped = bool(ids) and ids[-1] in end_tokens(lm)
     kept = ids[:-1] if stopped else list(ids)
     text = lm.decode(kept)
-    places = [text.find(s) for s in stop if s in text]
+    places = [text.find(s) for s in stop or [] if s in text]
     return Completion(prompt, text[: min(places)] if places else text, kept, stopped or bool(places), steps)
 
 
@@ -238,24 +206,21 @@ def check_settings(
     temperature: float,
     top_p: float,
     batch_size: int,
-    stop: list[str] | None = None,
+    stop: Sequence[str] | None = None,
     k: int | None = None,
 ) -> None:
     """Raise InputError for settings that make no sense; needs no model, so it can come before loading one."""
-    if not prompts:
-        raise InputError("there are no prompts: give at least one.")
-    for index, prompt in enumerate(prompts):
-        if not prompt.strip():
-            raise InputError(f"prompt {index} is empty.")
-    if max_new_tokens < 1:
-        raise InputError(f"{max_new_tokens} new tokens: give a positive number.")
-    if temperature < 0:
-        raise InputError(f"temperature {temperature}: give 0 (greedy) or more.")
-    if not 0 < top_p <= 1:
-        raise InputError(f"top-p {top_p}: give a number above 0 and at most 1.")
-    if batch_size < 1:
-        raise InputError(f"batch size {batch_size}: give a positive number.")
-    if any(not text for text in stop or []):
-        raise InputError("an empty stop string would end everything at once: leave it out.")
-    if k is not None and not 0 <= k <= 64:
-        raise InputError(f"k = {k} drafted tokens: give 0 to 64, or none to adapt it.")
+    empty = next((index for index, prompt in enumerate(prompts) if not prompt.strip()), None)
+    complaints = {
+        "there are no prompts: give at least one.": not prompts,
+        f"prompt {empty} is empty.": empty is not None,
+        f"{max_new_tokens} new tokens: give a positive number.": max_new_tokens < 1,
+        f"temperature {temperature}: give 0 (greedy) or more.": temperature < 0,
+        f"top-p {top_p}: give a number above 0 and at most 1.": not 0 < top_p <= 1,
+        f"batch size {batch_size}: give a positive number.": batch_size < 1,
+        "an empty stop string would end everything at once: leave it out.": "" in (stop or []),
+        f"k = {k} drafted tokens: give 0 to 64, or none to adapt it.": k is not None and not 0 <= k <= 64,
+    }
+    for complaint, holds in complaints.items():
+        if holds:
+            raise InputError(complaint)

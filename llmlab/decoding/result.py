@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from llmlab.base.stats import Metric
 from llmlab.decoding.cost import Tally
-from llmlab.decoding.speculative import Step
+from llmlab.decoding.loop import Step
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class GenerateResult:
         seconds_warmup: measuring, recording and compiling passes; not in the other times but the total.
         draft: what drafted tokens; empty for plain decoding.
         speculation: what was drafted and accepted, and what the cost model says; None for plain decoding.
+        memory_bytes: what the engine and its drafts held: weights, copies of them in other layouts, caches.
     """
 
     completions: list[Completion]
@@ -49,14 +49,15 @@ class GenerateResult:
     seconds_prefill: float
     seconds_decode: float
     seconds_first_token: float
-    seconds_warmup: float
-    seconds_total: float
     temperature: float
     top_p: float
-    batch_size: int
     seed: int
+    batch_size: int = 1
+    seconds_warmup: float = 0.0
+    seconds_total: float = 0.0
     draft: str = ""
     speculation: Tally | None = None
+    memory_bytes: int | None = None
     task: str = "generate"
     data: str = "prompts"
     memory_bytes: int | None = None
@@ -83,6 +84,16 @@ class GenerateResult:
         return self.decoded_tokens / self.seconds_decode if self.decoded_tokens else 0.0
 
     @property
+    def settings(self) -> dict[str, str]:
+        """How it was decoded: runs that differ in them do not measure the same."""
+        return {
+            "temperature": f"{self.temperature:g}",
+            "top_p": f"{self.top_p:g}",
+            "batch_size": str(self.batch_size),
+            "draft": self.draft or "none",
+        }
+
+    @property
     def protocol(self) -> str:
         """How the numbers came about, in one line."""
         how = "greedy" if self.temperature == 0 else f"temperature {self.temperature}, top-p {self.top_p}"
@@ -91,35 +102,26 @@ class GenerateResult:
 
     def metrics(self) -> dict[str, Metric]:
         """The measurements with their units, for a Record."""
-        found = {}
-        if self.speculation:
-            found = {
-                "acceptance_rate": Metric(self.speculation.acceptance_rate),
-                "tokens_per_pass": Metric(self.speculation.tokens_per_pass, "token"),
-                "predicted_tokens_per_second": Metric(self.speculation.predicted_tokens_per_second, "token/s"),
-                "predicted_speedup": Metric(self.speculation.predicted_speedup, "x"),
-            }
-        return {
+        metrics = {
             "decode_tokens_per_second": Metric(self.decode_tokens_per_second, "token/s"),
             "prefill_tokens_per_second": Metric(self.prompt_tokens / self.seconds_prefill, "token/s"),
             "seconds_first_token": Metric(self.seconds_first_token, "s"),
             "seconds_warmup": Metric(self.seconds_warmup, "s"),
             "seconds_total": Metric(self.seconds_total, "s"),
             "new_tokens": Metric(self.new_tokens, "token"),
-        } | found
+        }
+        if self.speculation:
+            metrics |= self.speculation.metrics()
+        return metrics
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Everything, ready for JSON."""
+        told = ("task", "n", "prompt_tokens", "seconds_prefill", "seconds_decode", "protocol")
         completions = [
             {"prompt": c.prompt, "text": c.text, "ids": c.ids, "stopped": c.stopped} for c in self.completions
         ]
         return {
-            "task": self.task,
-            "n": self.n,
-            "prompt_tokens": self.prompt_tokens,
+            **{name: getattr(self, name) for name in told},
             **{name: metric.value for name, metric in self.metrics().items()},
-            "seconds_prefill": self.seconds_prefill,
-            "seconds_decode": self.seconds_decode,
-            "protocol": self.protocol,
             "completions": completions,
         }

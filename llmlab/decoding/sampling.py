@@ -27,11 +27,3 @@ def next_token_probs(logits: torch.Tensor, temperature: float, top_p: float) -> 
     nucleus = sorted_probs.masked_fill(before >= top_p, 0.0)
     probs = torch.zeros_like(probs).scatter(-1, order, nucleus)
     return probs / probs.sum(dim=-1, keepdim=True)
-
-
-def pick(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> torch.Tensor:
-    """Next token ids [batch] from logits [batch, vocabulary]: the most probable at temperature 0, else a sample."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probs = next_token_probs(logits, temperature, top_p)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)

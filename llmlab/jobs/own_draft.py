@@ -1,4 +1,4 @@
-"""Drafts by name, for the command line and the public face: "lookup", "self-4bit", "exit-10", or another model."""
+"""Drafts by name, for the command line and the public face: "lookup", "self-4bit", or another model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import torch
 
 from llmlab.base.errors import InputError
 from llmlab.decoding.cost import best_k, speedup
-from llmlab.decoding.drafts import Draft, PromptLookup, SelfDraft, as_draft
+from llmlab.decoding.draft import Draft
 from llmlab.decoding.engine import Engine
+from llmlab.decoding.lookup import PromptLookup
+from llmlab.decoding.model_draft import as_draft
+from llmlab.decoding.self_draft import SelfDraft
 from llmlab.kernels.fast import packed_dtype
 from llmlab.kernels.packed_linear import QuantLinear, prepare
 from llmlab.model.convert import with_dtype
@@ -26,24 +29,21 @@ def named_drafts(lm: LM, names: str) -> list[Draft]:
 
     Args:
         lm: the model that will verify.
-        names: separated by commas, asked in this order: "lookup"; "self-4bit"; "exit-N", the first N layers; else
-            what `llmlab.load` takes.
+        names: separated by commas, asked in this order: "lookup"; "self-4bit"; else what `llmlab.load` takes.
 
     Raises InputError for a name that means nothing or does not fit the model.
     """
-    found: list[Draft] = []
+    drafts: list[Draft] = []
     for name in (part.strip() for part in names.split(",")):
+        if not name:
+            raise InputError("--draft takes lookup, self-4bit or a model; several with commas.")
         if name == "lookup":
-            found.append(PromptLookup())
+            drafts.append(PromptLookup())
         elif name == "self-4bit":
-            found.append(SelfDraft(self_4bit(lm)))
-        elif name.startswith("exit-") and name[5:].isdigit():
-            found.append(SelfDraft(lm, layers=int(name[5:])))
-        elif name:
-            found.append(as_draft(lm, load(name, dtype=lm.dtype, device=lm.device)))
+            drafts.append(SelfDraft(self_4bit(lm)))
         else:
-            raise InputError("--draft takes lookup, self-4bit, exit-N or a model; several with commas.")
-    return found
+            drafts.append(as_draft(lm, load(name, dtype=lm.dtype, device=lm.device)))
+    return drafts
 
 
 def self_4bit(lm: LM, quantized: LM | None = None) -> LM:
@@ -56,27 +56,25 @@ def self_4bit(lm: LM, quantized: LM | None = None) -> LM:
         raise InputError(f"{lm.name} is quantized: its own 4-bit copy is itself. Draft with lookup or a smaller model.")
     packed = quantized or quantize(lm, method="rtn", scheme=Scheme(4, GROUP, search=False))
     packed = with_dtype(packed, packed_dtype(lm.device) if lm.device.type == "cpu" else lm.dtype)
-    head = packed.model.get_output_embeddings()
-    scheme = Scheme(4, GROUP)
+    model, scheme = packed.model, Scheme(4, GROUP)
+    head = model.get_output_embeddings()
     if type(head) is torch.nn.Linear and head.in_features % GROUP == 0 and head.out_features % 8 == 0:
-        model = packed.model
         model.set_output_embeddings(QuantLinear.pack(rtn(head.weight.float(), scheme), scheme.bits, head.bias))
         prepare(model, model.dtype)
     return replace(packed, transformation=f"{packed.transformation}, head 4 bits")
 
 
-def forecast(engine: Engine, drafts: list[Draft], batch: int, most: int = 8) -> str:
+def forecast(engine: Engine, drafts: list[Draft], batch: int) -> str:
     """What speculation should bring here, before it runs: measured passes, and the best k by acceptance rate."""
     engine.start(batch, 512)
-    profile = engine.profile()
-    widths = ", ".join(f"{width}: {seconds * 1e3:.1f}" for width, seconds in profile.items())
+    widths = ", ".join(f"{width}: {seconds * 1e3:.1f}" for width, seconds in engine.profile().items())
     lines = [f"cost model, batch {batch}: milliseconds of a pass by tokens a row: {widths}"]
     for draft in drafts:
         draft.begin(engine, [[0]] * batch, 512)
         seconds = draft.seconds()
         cases = []
         for acceptance in (0.5, 0.7, 0.9):
-            k = best_k(acceptance, engine.seconds, seconds, most)
+            k = best_k(acceptance, engine.seconds, seconds, 8)
             speed = speedup(acceptance, k, engine.seconds, seconds)
             cases.append(f"{acceptance:.0%} accepted: k = {k}, {speed:.2f}x")
         lines.append(f"{draft.name}: {seconds * 1e3:.1f} ms a token; {'; '.join(cases)}")

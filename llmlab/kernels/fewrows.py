@@ -3,7 +3,8 @@
 A decode step multiplies every matrix by one row, or by k + 1 rows when it verifies a draft: its work is to read the
 weights once, and the rest is overhead. So, in a copy of the module tree that shares all weights:
 
-* matrices with the same input (q, k, v; gate, up) become one, which is read at a better rate than its parts;
+* matrices with the same input (q, k, v; gate, up) become one, which is read at a better rate than its parts. The
+  model's own become views of it, with the same numbers in another place, so that no weight is held twice;
 * on CPU the weights of a plain Linear are laid out in oneDNN's blocks, too. On two AMD EPYC cores one fp32 row then
   takes half the time of torch's default, and five rows cost no more than one. On two Intel Xeon cores five fp32 rows
   take 0.7 of the time, but one takes 1.2 of it: so up to how many rows torch's layout serves is measured;
@@ -16,14 +17,17 @@ Lossless up to rounding: a sum may run in another order.
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
 from types import MethodType
-from typing import Any, ClassVar, Optional, cast
+from typing import Optional
 
 import torch
 
 from llmlab.base.clock import faster
+from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.kernels.plain import onednn_takes, slow_on_cpu, widened_linear
+from llmlab.kernels.replay import whole
 
 TOGETHER = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
 FEW = (1, 2, 3, 5)  # rows at which the two layouts are compared
@@ -48,17 +52,14 @@ def prepare(model: torch.nn.Module, dtype: torch.dtype, *, pack: bool = True) ->
     """
     for parent in list(model.modules()):
         for names in TOGETHER:
-            children = [parent._modules.get(name) for name in names]
-            if all(type(child) is torch.nn.Linear or hasattr(child, "joined") for child in children):
-                for name, joined in zip(names, _join(cast(Any, children), dtype), strict=True):
-                    setattr(parent, name, joined)
+            _join(parent, names, dtype)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if pack and type(child) is torch.nn.Linear and _packs(child):
                 setattr(parent, name, PackedLinear(child))
             elif pack and type(child) is torch.nn.Linear and _widens(child):
                 setattr(parent, name, WidenedRows(child))
-            elif type(child).__name__.endswith("RMSNorm"):
+            elif child is not None and type(child).__name__.endswith("RMSNorm"):
                 setattr(parent, name, _rms_norm(child))
     laid_out = [module for module in model.modules() if isinstance(module, TwoWays)]
     if laid_out:
@@ -78,8 +79,9 @@ def _widens(linear: torch.nn.Linear) -> bool:
     return weight.device.type == "cpu" and weight.numel() > 0 and slow_on_cpu(weight.dtype)
 
 
+@whole
 def multiply(x: torch.Tensor, packed: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:  # noqa: UP045
-    """x W^T + b by oneDNN; TorchScript compiles it, too (see `record`): it knows this spelling of the types alone."""
+    """x W^T + b by oneDNN. TorchScript knows this spelling of the types alone."""
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return product
 
@@ -107,7 +109,7 @@ class TwoWays(torch.nn.Module, ABC):
 class PackedLinear(TwoWays):
     """The other way: W in oneDNN's blocked layout, a second copy."""
 
-    multiply: ClassVar[Any] = None  # set below: `multiply`, or while a pass is recorded its compiled twin
+    packed: torch.Tensor
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__(linear)
@@ -116,11 +118,7 @@ class PackedLinear(TwoWays):
 
     def other(self, x: torch.Tensor) -> torch.Tensor:
         """By oneDNN."""
-        product: torch.Tensor = PackedLinear.multiply(x, self.packed, self.bias)
-        return product
-
-
-PackedLinear.multiply = multiply
+        return multiply(x, self.packed, self.bias)
 
 
 class WidenedRows(TwoWays):
@@ -131,7 +129,7 @@ class WidenedRows(TwoWays):
         return widened_linear(x, self.weight, self.bias)
 
 
-_measured: dict[Any, int] = {}
+_measured: dict[tuple[object, ...], int] = {}
 
 
 def _rows_of_torch(linears: list[TwoWays]) -> int:
@@ -162,54 +160,73 @@ def _multiply_all(linears: list[TwoWays], rows: int, limit: int) -> None:
         module.forward(x)  # without hooks: the all-reduce of other ranks would wait
 
 
-class First(torch.nn.Module):
-    """The first of several Linears with the same input: multiplies by all of them at once."""
+class Joined(torch.nn.Module):
+    """Several Linears with the same input as one matrix: the first that is asked multiplies by all of them."""
 
-    def __init__(self, joined: torch.nn.Module, sizes: list[int]) -> None:
+    def __init__(self, matrix: torch.nn.Module, sizes: list[int]) -> None:
         super().__init__()
-        self.joined, self.sizes = joined, sizes
-        self.found: tuple[torch.Tensor, ...] = ()
+        self.matrix, self.sizes = matrix, sizes
+        self.waiting: dict[int, torch.Tensor] = {}  # products that have not been asked for yet
+
+    def product(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """What the Linear of this number makes of the input that all of them get."""
+        if index not in self.waiting:
+            self.waiting = dict(enumerate(self.matrix(x).split(self.sizes, dim=-1)))
+        return self.waiting.pop(index)
+
+
+class Part(torch.nn.Module):
+    """Stands in the place of a Linear that was joined."""
+
+    def __init__(self, product: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.product = product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Its own product; the others' are kept for them."""
-        self.found = self.joined(x).split(self.sizes, dim=-1)
-        return self.found[0]
+        """The product of the Linear whose place this is."""
+        return self.product(x)
 
 
-class Later(torch.nn.Module):
-    """One of the other Linears: takes what the first one found for the same input."""
+def _join(parent: torch.nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Put one matrix into the place of a module's Linears of these names, if it has them and they can be joined."""
+    linears = [parent._modules.get(name) for name in names]
+    plain = [m for m in linears if type(m) is torch.nn.Linear and _packs(m)]
+    packed = [m for m in linears if isinstance(m, QuantLinear)]
+    matrix: torch.nn.Linear | QuantLinear | None = None
+    if any(m is None or m._forward_hooks for m in linears):
+        return
+    if len(packed) == len(names):
+        matrix = packed[0].joined(packed[1:])
+        if matrix is not None:
+            matrix.prepare(dtype)
+    elif len(plain) == len(names) and len({m.bias is None for m in plain}) == 1:
+        # On CPU alone: on a GPU CUDA graphs hide what it saves.
+        biases: list[torch.Tensor] = [m.bias for m in plain if m.bias is not None]
+        outputs = sum(m.out_features for m in plain)
+        matrix = torch.nn.Linear(plain[0].in_features, outputs, bias=bool(biases), device="meta")
+        matrix.weight = torch.nn.Parameter(stacked([m.weight for m in plain]), requires_grad=False)
+        if biases:
+            matrix.bias = torch.nn.Parameter(torch.cat(biases), requires_grad=False)
+    if matrix is not None:
+        joined = Joined(matrix, [m.out_features for m in plain or packed])
+        parent.add_module("+".join(names), joined)
+        for index, name in enumerate(names):
+            setattr(parent, name, Part(partial(joined.product, index)))
 
-    def __init__(self, first: First, index: int) -> None:
-        super().__init__()
-        self.__dict__["first"] = first  # not a child: the tree has it once
-        self.index = index
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Its product."""
-        first = cast(First, self.__dict__["first"])
-        return first.found[self.index]
-
-
-def _join(linears: list[Any], dtype: torch.dtype) -> list[torch.nn.Module]:
-    """Modules to stand in the places of Linears with the same input; themselves if they cannot be joined."""
-    first = linears[0]
-    if len({type(linear) for linear in linears}) > 1 or any(m._forward_hooks for m in linears):
-        return linears
-    joined: Any = None
-    if hasattr(first, "joined"):  # packed weights know how
-        joined = first.joined(linears[1:])
-        if joined is not None:
-            joined.prepare(dtype)
-    elif all(_packs(m) for m in linears) and len({m.bias is None for m in linears}) == 1:
-        # On CPU alone: on a GPU the second copy would cost memory, and CUDA graphs hide what it saves.
-        joined = torch.nn.Linear(first.in_features, sum(m.out_features for m in linears), device="meta")
-        joined.weight = torch.nn.Parameter(torch.cat([m.weight.detach() for m in linears]), requires_grad=False)
-        biases = [m.bias for m in linears if m.bias is not None]
-        joined.bias = torch.nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
-    if joined is None:
-        return linears
-    leader = First(joined, [m.out_features for m in linears])
-    return [leader, *(Later(leader, index) for index in range(1, len(linears)))]
+@torch.inference_mode(False)
+def stacked(weights: list[torch.Tensor]) -> torch.Tensor:
+    """One matrix of several below one another; they become views of it, with the numbers they had."""
+    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
+    in_order = [weight.data_ptr() for weight in weights[1:]] == ends[:-1]
+    if in_order and len({weight.untyped_storage().data_ptr() for weight in weights}) == 1:
+        # They are such views already: another engine of this model made them.
+        rows, columns = sum(map(len, weights)), weights[0].shape[1]
+        return weights[0].detach().as_strided((rows, columns), (columns, 1))
+    matrix = torch.cat([weight.detach() for weight in weights])
+    for weight, part in zip(weights, torch.split(matrix, [len(weight) for weight in weights]), strict=True):
+        weight.data = part
+    return matrix
 
 
 class FewOpsRMSNorm(torch.nn.Module):
@@ -230,12 +247,12 @@ class FewOpsRMSNorm(torch.nn.Module):
         return (wide * scale).to(x.dtype) * self.weight
 
 
-def _rms_norm(norm: Any) -> torch.nn.Module:
+def _rms_norm(norm: torch.nn.Module) -> torch.nn.Module:
     """The RMSNorm of few operations if it computes what `norm` does (Gemma's, for one, adds 1 to the weights)."""
     eps = getattr(norm, "variance_epsilon", None)
     weight = getattr(norm, "weight", None)
     if eps is None or weight is None or weight.dim() != 1:
-        return cast(torch.nn.Module, norm)
+        return norm
     other = FewOpsRMSNorm(weight, eps)
     x = torch.randn(4, len(weight), device=weight.device, generator=torch.Generator(weight.device).manual_seed(0))
     x = x.to(weight.dtype)

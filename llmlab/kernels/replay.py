@@ -9,21 +9,28 @@ nothing that ships with torch does this on a CPU as well.
 
 from __future__ import annotations
 
+import functools
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import torch
 from torch.nn.utils.stateless import _reparametrize_module  # what functional_call does, around a whole pass
 
 from llmlab.base.paths import cache_folder
 from llmlab.kernels.fast import machine
-from llmlab.kernels.fewrows import PackedLinear, multiply
 
-Replay = Callable[..., torch.Tensor]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RECORD = 2  # passes of one shape before it is recorded
+
+Inputs = tuple[torch.Tensor | None, ...]
+Run = Callable[..., torch.Tensor]
+Function = TypeVar("Function", bound=Run)
 
 
 class Buffers(Protocol):
@@ -32,11 +39,47 @@ class Buffers(Protocol):
     buffers: dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
-def recordable(model: Any) -> bool:
+class Recorder:
+    """Runs passes; one whose shape comes often is recorded (or compiled), and replayed from then on.
+
+    Attributes:
+        replays: by shape.
+        seconds: spent on recording or compiling, to be told apart from decoding.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, compile: bool) -> None:
+        self.model, self.compile = model, compile
+        self.records = compile or recordable(model)
+        self.seconds = 0.0
+        self.cache: Buffers | None = None
+        self.replays: dict[object, Run] = {}
+        self.uses: dict[object, int] = {}
+
+    def run(self, run: Run, inputs: Inputs, cache: Buffers) -> torch.Tensor:
+        """`run(*inputs)`, a pass of the model that writes into `cache`, or its replay."""
+        if self.cache is not cache:  # recordings write into the buffers they were made with
+            self.replays, self.uses, self.cache = {}, {}, cache
+        shape = (inputs[0] if inputs[0] is None else inputs[0].shape, *(tensor is None for tensor in inputs))
+        if shape in self.replays:
+            return self.replays[shape](*inputs)
+        result = run(*inputs)
+        self.uses[shape] = self.uses.get(shape, 0) + 1
+        if self.records and self.uses[shape] == RECORD:
+            begin = time.perf_counter()
+            make = compiled if self.compile else functools.partial(record, self.model, cache)
+            replay = make(run, inputs, result)
+            if replay is not None:
+                self.replays[shape] = replay
+            self.seconds += time.perf_counter() - begin
+        return result
+
+
+def recordable(model: PreTrainedModel) -> bool:
     """Whether every pass of one shape runs the same operations, on one CPU.
 
-    Not so where experts are routed by the data, positions are scaled by length, or ranks talk to one another; and the
-    operations of bitsandbytes' int8 return what a recording cannot hold.
+    Not so where experts are routed by the data, positions are scaled by length, or ranks talk to one another, for which
+    they put hooks on modules or another forward pass on the model; and the operations of bitsandbytes' int8 return what
+    a recording cannot hold.
     """
     config = model.config
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -48,20 +91,26 @@ def recordable(model: Any) -> bool:
     return on_cpu and not (by_length or experts or sharded or int8)
 
 
-@cache
-def scripted(function: Any) -> Any:
-    """A function that the recording calls as a whole, so that its sizes stay variable."""
-    with _quiet():
-        return torch.jit.script(function)
+def whole(function: Function) -> Function:
+    """A function that a recording calls as a whole, so that its sizes stay variable. TorchScript must know its Python.
+
+    Outside of a recording it is the function itself.
+    """
+
+    @functools.cache
+    def script() -> Run:
+        with _quiet():
+            return cast(Run, torch.jit.script(function))
+
+    @functools.wraps(function)
+    def call(*inputs: object) -> torch.Tensor:
+        recording = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # neither exported nor typed
+        return (script() if recording else function)(*inputs)
+
+    return cast(Function, call)
 
 
-def record(
-    model: torch.nn.Module,
-    cache: Buffers,
-    run: Callable[..., torch.Tensor],
-    inputs: tuple[torch.Tensor | None, ...],
-    expected: torch.Tensor,
-) -> Replay | None:
+def record(model: torch.nn.Module, cache: Buffers, run: Run, inputs: Inputs, expected: torch.Tensor) -> Run | None:
     """Record a pass.
 
     Every tensor that the pass uses becomes an input of the recording: it cannot hold oneDNN's, and torch never frees a
@@ -77,40 +126,36 @@ def record(
     Returns:
         The replay, a function of inputs of the same shapes; None, with a warning, if it does not give the same.
     """
-    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     buffers = cache.buffers
     used = [(model, run)]  # emptied below: torch keeps `body` with the recording, and the engine keeps the recording
     given = [i for i, tensor in enumerate(inputs) if tensor is not None]
-    tensors = [*held.values(), *(tensor for pair in buffers.values() for tensor in pair)]
+    tensors = [*weights.values(), *(tensor for pair in buffers.values() for tensor in pair)]
 
     def body(*traced: torch.Tensor) -> torch.Tensor:
         full: list[torch.Tensor | None] = [None] * len(inputs)
         for index, tensor in zip(given, traced, strict=False):
             full[index] = tensor
-        weights = dict(zip(held, traced[len(given) :], strict=False))
-        rest = traced[len(given) + len(held) :]
+        traced_weights = dict(zip(weights, traced[len(given) :], strict=False))
+        rest = traced[len(given) + len(weights) :]
         cache.buffers = dict(zip(buffers, zip(rest[::2], rest[1::2], strict=True), strict=True))
         ((tree, passing),) = used
-        with _reparametrize_module(tree, weights):
+        with _reparametrize_module(tree, traced_weights):
             return passing(*full)
 
-    def arguments(now: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor]:
+    def arguments(now: Inputs) -> list[torch.Tensor]:
         return [t for t in now if t is not None] + tensors
 
-    PackedLinear.multiply = scripted(multiply)
     try:
         with _quiet():
             traced = torch.jit.trace(body, tuple(arguments(inputs)), check_trace=False)  # type: ignore[no-untyped-call]  # untyped in torch
     finally:
-        PackedLinear.multiply = multiply
         cache.buffers = buffers
         used.clear()
     return _checked(lambda *now: traced(*arguments(now)), inputs, expected)
 
 
-def compiled(
-    run: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor | None, ...], expected: torch.Tensor
-) -> Replay | None:
+def compiled(run: Run, inputs: Inputs, expected: torch.Tensor) -> Run | None:
     """The same by torch.compile: inductor's kernels on CPU, CUDA graphs on a GPU."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # inductor takes a second to import
 
@@ -129,13 +174,13 @@ def compiled(
         return _checked(replay, inputs, expected)
 
 
-def _checked(replay: Replay, inputs: tuple[torch.Tensor | None, ...], expected: torch.Tensor) -> Replay | None:
+def _checked(replay: Run, inputs: Inputs, expected: torch.Tensor) -> Run | None:
     # In half precision a compiled pass keeps more bits between operations.
     tolerance = 1e-3 if expected.dtype == torch.float32 else 2e-2 * float(expected.abs().max())
     for _ in range(3):  # the first runs of a recording profile and optimize it
-        found = replay(*inputs)
-        if not torch.allclose(found, expected, rtol=1e-3, atol=tolerance):
-            worst = float((found - expected).abs().max())
+        result = replay(*inputs)
+        if not torch.allclose(result, expected, rtol=1e-3, atol=tolerance):
+            worst = float((result - expected).abs().max())
             shape = "x".join(map(str, expected.shape[:2]))
             warnings.warn(
                 f"passes of {shape} tokens run unrecorded: replayed logits differ by {worst:.2g}", stacklevel=2

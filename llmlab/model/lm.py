@@ -79,7 +79,7 @@ class LM:
                 self.model.generation_config.save_pretrained(staging)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(staging)
-            tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+            tensors = {name: _alone(tensor) for name, tensor in self.model.state_dict().items()}
             if config.tie_word_embeddings:
                 tensors.pop("lm_head.weight", None)
             save_torch_state_dict(tensors, staging, metadata={"format": "pt"})
@@ -114,6 +114,12 @@ class LM:
         if self.tokenizer is None:
             raise InputError(f"{self.name} has random weights and no tokenizer: give token ids, or load a real model.")
         return self.tokenizer
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous and with memory of its own: parts of a larger tensor (see `fewrows.stacked`) cannot be saved."""
+    is_part = tensor.nbytes < tensor.untyped_storage().nbytes()
+    return tensor.clone(memory_format=torch.contiguous_format) if is_part else tensor.contiguous()
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:

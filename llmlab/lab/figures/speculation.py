@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from llmlab.base.errors import InputError
+from llmlab.decoding.loop import Step
 from llmlab.decoding.result import Completion
-from llmlab.decoding.speculative import Step
 from llmlab.lab.figures.common import BLUE, GREEN, GREY, ORANGE, style
 from llmlab.lab.figures.drawable import drawable
 from llmlab.model.lm import LM

@@ -1,0 +1,165 @@
+"""The loop of text generation, with and without speculation: draft, verify in one pass, keep what is accepted.
+
+It is batched: each row keeps what it may, and ends by itself. What is accepted, and why that is exact: see `verify`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from llmlab.base.errors import NumericalError
+from llmlab.decoding.cost import Tally, plain_seconds
+from llmlab.decoding.draft import Draft, Proposal, Sampling
+from llmlab.decoding.engine import Engine
+from llmlab.decoding.pace import MOST, Pace, Row
+from llmlab.decoding.verify import verify
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did to one row.
+
+    Attributes:
+        source: the draft; empty without one.
+        drafted: its tokens (a tree in the order of `parents`).
+        parents: see `Proposal`.
+        accepted: how many tokens of `tokens` were drafted ones.
+        tokens: what the row got: accepted ones, then the model's own.
+    """
+
+    source: str
+    drafted: list[int]
+    parents: list[int]
+    accepted: int
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to decode.
+
+    Attributes:
+        max_new_tokens: at most so many for each row.
+        sampling: how tokens are chosen.
+        finished: told all new tokens of a row, whether it ends with the last of them.
+        k: drafted tokens (a tree: depth) a pass; None adapts it to acceptance and cost, down to none at all.
+    """
+
+    max_new_tokens: int
+    sampling: Sampling
+    finished: Callable[[list[int]], bool]
+    k: int | None = None
+
+    def room(self, prompts: list[list[int]]) -> int:
+        """Tokens that a row of the cache must hold: prompt, new tokens and a tree of drafted ones."""
+        return max(map(len, prompts)) + self.max_new_tokens + (MOST if self.k is None else self.k) * 4 + 2
+
+
+@torch.inference_mode()
+def decode(
+    engine: Engine,
+    prompts: list[list[int]],
+    settings: Settings,
+    drafts: Sequence[Draft] = (),
+    tally: Tally | None = None,
+) -> Iterator[dict[int, Step]]:
+    """Continue a batch of prompts; yields after each pass what the rows that were still open got.
+
+    Args:
+        engine: of the model. Its cache is started anew.
+        prompts: token ids, each with `max_new_tokens` of room in the model's context.
+        settings: how.
+        drafts: asked in this order; a row takes the first guess it gets. Free ones first.
+        tally: takes the count.
+
+    Raises NumericalError if logits are not finite.
+    """
+    room, tally = settings.room(prompts), tally or Tally()
+    rows = everyone = [Row(number, ids, settings.max_new_tokens) for number, ids in enumerate(prompts)]
+    pace = Pace(engine, drafts, settings.k)
+    engine.start(len(prompts), room)
+    logits = engine.prefill(prompts)
+    _best(logits, engine)
+    firsts = [verify(Proposal(), logits[row.number, None], settings.sampling)[1] for row in rows]
+    yield {row.number: _give(row, Step("", [], [], 0, [firsts[row.number]]), settings) for row in rows}
+    for draft in drafts:
+        draft.begin(engine, prompts, room)
+    while any(row.open for row in rows):
+        rows = _without_ended(rows, engine, drafts)
+        proposals = pace.propose(rows, settings.sampling)
+        verified = pace.cut(rows, proposals)
+        steps = _verified(engine, rows, verified, settings.sampling)
+        for row, proposal in zip(rows, proposals, strict=True):
+            if row.open:
+                row.observe(proposal, steps[row.number].tokens)
+        _count(tally, rows, verified, steps, pace)
+        yield {row.number: _give(row, steps[row.number], settings) for row in rows if row.open}
+    if drafts:
+        tally.plain_seconds += plain_seconds([len(row.new) - 1 for row in everyone], lambda n: engine.seconds(1, n))
+
+
+def _give(row: Row, step: Step, settings: Settings) -> Step:
+    """Give a row its tokens, up to where it ends; the step as far as it counts."""
+    for count, token in enumerate(step.tokens, start=1):
+        row.new.append(token)
+        if settings.finished(row.new) or len(row.new) >= row.limit:
+            row.open = False
+            return replace(step, accepted=min(step.accepted, count), tokens=step.tokens[:count])
+    return step
+
+
+def _without_ended(rows: list[Row], engine: Engine, drafts: Sequence[Draft]) -> list[Row]:
+    """Leave rows out that have ended, once half of them have.
+
+    Until then they go along, idle: a batch of another size is another shape to record.
+    """
+    still = [place for place, row in enumerate(rows) if row.open]
+    if 2 * len(still) > len(rows):
+        return rows
+    engine.cache.select(still)
+    for draft in drafts:
+        draft.select(still)
+    return [rows[place] for place in still]
+
+
+def _verified(engine: Engine, rows: list[Row], proposals: list[Proposal], sampling: Sampling) -> dict[int, Step]:
+    """One pass over what was drafted; what it brings each open row, by the row's number."""
+    tokens = [[row.new[-1], *p.tokens] for row, p in zip(rows, proposals, strict=True)]
+    trees = not all(p.is_chain for p in proposals)
+    parents = [[-1, *(parent + 1 for parent in p.parents)] for p in proposals] if trees else None
+    logits = engine.forward(tokens, parents)
+    best = _best(logits, engine)
+    steps: dict[int, Step] = {}
+    kept: list[list[int]] = [[] for _ in rows]
+    for place, (row, proposal) in enumerate(zip(rows, proposals, strict=True)):
+        if row.open:
+            path, token = verify(proposal, logits[place, : len(tokens[place])], sampling, best[place])
+            kept[place] = [0, *(node + 1 for node in path)]
+            accepted = [proposal.tokens[node] for node in path]
+            steps[row.number] = Step(proposal.source, proposal.tokens, proposal.parents, len(path), [*accepted, token])
+    engine.keep(kept)
+    return steps
+
+
+def _best(logits: torch.Tensor, engine: Engine) -> list[list[int]]:
+    """The argmax of each row, [batch][width] or [batch]. Raises NumericalError for NaN and infinity: they are it."""
+    best = logits.argmax(dim=-1)
+    if not torch.isfinite(logits.gather(-1, best[..., None])).all():
+        raise NumericalError(f"the logits of {engine.lm.name} are not finite in {engine.lm.dtype}: try fp32.")
+    ids: list[list[int]] = best.tolist()
+    return ids
+
+
+def _count(tally: Tally, rows: list[Row], verified: list[Proposal], steps: dict[int, Step], pace: Pace) -> None:
+    """Count one pass."""
+    tally.passes += 1
+    for row, proposal in zip(rows, verified, strict=True):
+        if row.open:
+            accepted, depth = steps[row.number].accepted, proposal.depth
+            tally.tokens += len(steps[row.number].tokens)
+            tally.observe(proposal.source, depth, len(proposal.tokens), accepted, accepted + (accepted < depth))
+    if pace.drafts:
+        tally.seconds += pace.draft_seconds + pace.engine.seconds(1 + max(len(p.tokens) for p in verified))

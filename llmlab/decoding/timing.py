@@ -1,0 +1,64 @@
+"""Seconds of a pass by rows and width: measured at a few points, between them by lines. What speculation reckons with.
+
+Matrices are read once for all tokens of a pass, so rows x width decides.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from llmlab.base.clock import seconds_of
+from llmlab.decoding.cache import Cache
+from llmlab.kernels.replay import RECORD
+
+Forward = Callable[[list[list[int]]], torch.Tensor]
+
+
+class PassTimes:
+    """What passes of one engine take; `widths` are the numbers of tokens a row to which it pads them."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        self.widths = widths
+        self.measured: dict[tuple[int, int], float] = {}  # by rows and width
+
+    def seconds(self, rows: int, width: int) -> float:
+        """Seconds of a pass over `width` tokens of each row, padded as the engine does it."""
+        wanted = rows * next((w for w in self.widths if w >= width), width)
+        points = sorted((r * w, seconds) for (r, w), seconds in self.measured.items())
+        below = max((point for point in points if point[0] <= wanted), default=points[0])
+        above = min((point for point in points if point[0] >= wanted), default=points[-1])
+        if above[0] == below[0]:
+            return max(below[1], above[1])
+        return below[1] + (above[1] - below[1]) * (wanted - below[0]) / (above[0] - below[0])
+
+    def measure(self, forward: Forward, cache: Cache, device: torch.device) -> dict[int, float]:
+        """Seconds by width at the batch size of the cache; measures what is missing. Keeps nothing in the cache."""
+        batch, lengths = cache.batch, cache.lengths
+        most = max(max(lengths) + 1, min(cache.capacity // 2, cache.capacity - self.widths[-1]))
+        widths = [w for w in self.widths if most + w <= cache.capacity]
+        # A batch shrinks when rows end: a point or two of a row alone tell what fewer rows cost.
+        for rows, some in ((batch, widths), (1, [w for w in widths if w in (1, 5)])):
+            missing = [w for w in some if (rows, w) not in self.measured]
+            cache.batch = rows
+            cache.lengths = [max(1, most - row % 2) for row in range(rows)]  # they differ in length, as they do later
+            self._time(forward, rows, missing, device)
+            cache.batch, cache.lengths = batch, lengths
+        return {w: self.measured[batch, w] for w in widths}
+
+    def _time(self, forward: Forward, rows: int, widths: list[int], device: torch.device, repeats: int = 3) -> None:
+        runs: dict[int, list[float]] = {w: [] for w in widths}
+        for turn in range(RECORD + 1 + repeats):
+            for width in widths:
+                seconds = seconds_of(partial(forward, [[0] * width] * rows), device)
+                if turn > RECORD:  # those before are warm-ups, and record the passes
+                    runs[width].append(seconds)
+        # A pass over more tokens is never cheaper: that would be noise.
+        least = 0.0
+        for width, times in runs.items():
+            least = max(least, statistics.median(times))
+            larger = [seconds for (r, w), seconds in self.measured.items() if r * w >= rows * width]
+            self.measured[rows, width] = min([least, *larger])
