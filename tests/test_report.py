@@ -43,7 +43,7 @@ def home(tmp_path, monkeypatch):
 
 FIGURE = """
 import matplotlib.pyplot as plt
-from llmlab.lab.figures import common as figures
+from llmlab.lab import figures
 figure, axes = plt.subplots()
 axes.plot([x, 2])
 figures.show(figure, "line", "A line from <x> to 2.")
@@ -220,7 +220,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML, Markdown, display
 from llmlab import Metric
-from llmlab.lab.figures import common as figures
+from llmlab.lab import figures
 from llmlab.measure.record import Record, append
 
 def attack(number):

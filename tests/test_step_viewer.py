@@ -6,7 +6,7 @@ from llmlab.decoding.drafts import PromptLookup
 from llmlab.decoding.result import Completion
 from llmlab.decoding.speculative import Step
 from llmlab.lab import widgets
-from llmlab.lab.figures.speculation import read_passes
+from llmlab.lab.passes import read_passes
 from llmlab.lab.widgets.steps import step_html
 
 EVIL = "<script>alert(1)</script> $x$ & \"'"
