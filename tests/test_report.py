@@ -15,6 +15,7 @@ from bs4 import BeautifulSoup
 from conftest import CHECKOUT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+import llmlab
 from llmlab import InputError
 from llmlab.bench.challenge import Submission
 from llmlab.lab.redraw import FIGURES, redraw, roofline
@@ -290,7 +291,8 @@ def test_the_readme_figures_are_drawn_again_from_the_reference(tmp_path):
     svg = (tmp_path / "roofline.svg").read_text()
     assert "fp32: 187 GFLOP/s" in svg
     assert "memory: 35 GB/s" in svg
+    assert "decode (28%)" in svg
     with pytest.raises(InputError, match="there are no records in"):
         redraw(reference=tmp_path, folder=tmp_path)
     with pytest.raises(InputError, match="no record of a phase"):
-        roofline([])
+        roofline(llmlab.records(tmp_path / "none.jsonl"))

@@ -13,7 +13,7 @@ from llmlab.base.errors import InputError
 from llmlab.base.paths import PACKAGE
 from llmlab.base.stats import Metric
 from llmlab.bench.combination import combinations, comparable
-from llmlab.lab import figures
+from llmlab.lab.figures import save, speed, tradeoffs
 from llmlab.measure.record import records as read_records
 from llmlab.measure.roofline import Peaks
 
@@ -32,7 +32,7 @@ def redraw(reference: Path = REFERENCE, folder: Path = TRACKED) -> list[Path]:
         if records.empty:
             raise InputError(f"there are no records in {reference / file}: run in a checkout with its data/reference.")
         figure = draw(records)
-        drawn.append(figures.save(figure, name, alt, folder))
+        drawn.append(save(figure, name, alt, folder))
         plt.close(figure)
     return drawn
 
@@ -44,25 +44,23 @@ def roofline(records: pd.DataFrame) -> Figure:
     newest = phases.drop_duplicates(["dtype", "task"], keep="last")
     if newest.empty:
         raise InputError("the reference has no record of a phase with flops, intensity, mfu and mbu: run notebook 01.")
+    newest = newest.assign(peak=newest["flops"] / newest["mfu"])
+    newest["bandwidth"] = newest["flops"] / newest["intensity"] / newest["mbu"]
+    limits = newest.drop_duplicates("dtype", keep="last")[["device", "dtype", "peak", "bandwidth"]]
     peaks = [
-        Peaks(
-            phase.device,
-            phase.dtype,
-            Metric(phase.flops / phase.mfu, "FLOP/s"),
-            Metric(phase.flops / phase.intensity / phase.mbu, "B/s"),
-            matmul=(0, 0, 0),  # its shape is not in the record
-        )
-        for phase in newest.drop_duplicates("dtype", keep="last").itertuples()
+        Peaks(device, dtype, Metric(peak, "FLOP/s"), Metric(bandwidth, "B/s"), (0, 0, 0))  # its shape is not recorded
+        for device, dtype, peak, bandwidth in limits.itertuples(index=False)
     ]
-    points = newest.assign(label=newest["task"].str.extract("^(prefill|decode)", expand=False))
-    return figures.speed.roofline(peaks, points, "Decode sits under the slope, prefill under the roof")
+    is_prefill = newest["task"].str.startswith("prefill")
+    points = newest.assign(label=is_prefill.map({True: "prefill", False: "decode"}))
+    return speed.roofline(peaks, points, "Decode sits under the slope, prefill under the roof")
 
 
 def trade_offs(records: pd.DataFrame) -> Figure:
     """The front of notebook 06: what speed of writing costs in perplexity, over the whole grid."""
     title = "What speed costs: every combination, and the best ones"
     points = comparable(combinations(records))
-    return figures.tradeoffs.pareto_front(points, "decode_tokens_per_second", "perplexity_ratio", title)
+    return tradeoffs.pareto_front(points, "decode_tokens_per_second", "perplexity_ratio", title)
 
 
 # Name, file of data/reference/, alt text, function of that file's records.

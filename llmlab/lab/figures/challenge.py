@@ -57,5 +57,5 @@ def beside_leaderboard(rows: pd.DataFrame, title: str, limit: tuple[float, str] 
         draw.rule(axes, limit[0], draw.drawable(limit[1]))
     axes.set_yticks(range(len(rows)), [draw.drawable(name) for name in rows["name"]])
     axes.grid(axis="y", visible=False)
-    draw.legend_below(figure, 2)
+    draw.legend_below(axes, 2)
     return figure

@@ -50,12 +50,12 @@ def speedups(table: pd.DataFrame, title: str) -> Figure:
     figure, axes = draw.canvas(title, 7.4, 1.5 + 0.26 * drafts * kinds)
     names = {"speedup_low": "low", "speedup_high": "high", "predicted_speedup": "beside"}
     accepted = table["acceptance_rate"].map("{:.0%} accepted".format)
-    heights = draw.dots(axes, table.rename(columns=names), "speedup_vs_plain", "kind", "draft", accepted)
-    tick = {"color": "black", "markersize": 13, "markeredgewidth": 1.5, "linestyle": "none"}
-    axes.plot(table["predicted_speedup"], heights, marker="|", label="predicted", **tick)
+    heights = draw.dots(axes, table.rename(columns=names), "speedup_vs_plain", "kind", "draft", accepted, legend=True)
+    predicted = table["predicted_speedup"]
+    axes.plot(predicted, heights, "|", color="black", markersize=13, markeredgewidth=1.5, label="predicted")
     draw.rule(axes, 1, "plain")
     axes.set_xlabel("speed over plain decoding (x; line: slowest to fastest run)")
-    draw.legend_below(figure, drafts + 1)
+    draw.legend_below(axes, drafts + 1)
     return figure
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
@@ -23,6 +24,7 @@ from llmlab.base.paths import atomic, figures_folder
 
 if TYPE_CHECKING:
     from IPython.display import Image
+    from matplotlib.typing import LegendLocType
 
 # Safe for colour-blind readers.
 BLUE, AMBER, GREEN, ORANGE, PINK, _, _, SILVER, _, SKY = sns.color_palette("colorblind").as_hex()
@@ -101,7 +103,8 @@ def canvas(title: str, width: float = 7.0, height: float = 3.8, **settings: Any)
 
 def note(axes: Axes, text: str, at: tuple[float, float], shift: tuple[float, float] = (7, 0), **look: Any) -> None:
     """Words beside a point of the data, `shift` points (1/72 inch) away from it."""
-    axes.annotate(text, at, shift, textcoords="offset points", **({"va": "center", "size": 8.5} | look))
+    usual: dict[str, Any] = {"va": "center", "size": 8.5}
+    axes.annotate(text, at, shift, textcoords="offset points", **(usual | look))
 
 
 def rule(axes: Axes, at: float, text: str, *, colour: str = GREY, horizontal: bool = False) -> None:
@@ -153,7 +156,9 @@ def lines(axes: Axes, table: pd.DataFrame, x: str, y: str, hue: str, ideal: tupl
         note(axes, drawable(str(name)), (last, place), (8, 0), color=palette[name], **at)
 
 
-def dots(axes: Axes, table: pd.DataFrame, x: str, y: str, hue: str, texts: Sequence[str]) -> pd.Series[float]:
+def dots(
+    axes: Axes, table: pd.DataFrame, x: str, y: str, hue: str, texts: pd.Series[str], *, legend: bool = False
+) -> pd.Series[float]:
     """A row for each value of `y`, in it a dot with a whisker for each of `hue`; columns `low` and `high`.
 
     Args:
@@ -165,7 +170,7 @@ def dots(axes: Axes, table: pd.DataFrame, x: str, y: str, hue: str, texts: Seque
     gap, last = 0.22, len(palette) - 1
     sns.pointplot(
         with_ends(table, x), x=x, y=y, hue=hue, palette=palette, markers=markers, markersize=7, linestyle="none",
-        dodge=gap * last, capsize=0.07, err_kws={"linewidth": 1.5}, ax=axes, **INTERVAL,
+        dodge=gap * last, capsize=0.07, err_kws={"linewidth": 1.5}, legend=legend, ax=axes, **INTERVAL,
     )  # fmt: skip
     heights = pd.Series(table[y].factorize()[0] + gap * (table[hue].factorize()[0] - last / 2), table.index)
     ends = table.reindex(columns=[x, "high", "beside"]).astype(float).max(axis=1)
@@ -175,22 +180,27 @@ def dots(axes: Axes, table: pd.DataFrame, x: str, y: str, hue: str, texts: Seque
     return heights
 
 
-def stacked(axes: Axes, table: pd.DataFrame, colours: Mapping[str, str], **look: Any) -> None:
-    """A bar for each row of the table, the first one on top, with a part for each column named in `colours`."""
+def stacked(axes: Axes, table: pd.DataFrame, colours: Mapping[str, str], **look: Any) -> list[BarContainer]:
+    """A bar for each row of the table, the first one on top; its parts are the columns named in `colours`.
+
+    Returns the bars of each part.
+    """
     parts = table[list(colours)]
     begins = parts.cumsum(axis=1) - parts
-    for part, colour in colours.items():
-        axes.barh(parts.index, parts[part], left=begins[part], color=colour, label=part, height=0.66, **look)
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
+    return [
+        axes.barh(parts.index, parts[part], left=begins[part], color=colour, label=part, height=0.66, **look)
+        for part, colour in colours.items()
+    ]
 
 
-def legend_below(figure: Figure, columns: int, side: str = "center") -> None:
-    """One legend for all axes, below them."""
-    for axes in figure.axes:
-        if legend := axes.get_legend():
-            legend.remove()
-    figure.legend(loc=f"outside lower {side}", ncols=columns, fontsize=9)
+def legend_below(axes: Axes, columns: int, at: LegendLocType = "outside lower center") -> None:
+    """The legend of these axes at the bottom of their figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    if legend := axes.get_legend():
+        legend.remove()
+    axes.figure.legend(handles, labels, loc=at, ncols=columns, fontsize=9)
 
 
 def token_rows(axes: Axes, names: Sequence[str], width: float, top: float = -0.55) -> None:

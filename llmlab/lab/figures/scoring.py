@@ -59,7 +59,6 @@ def accuracies(results: Mapping[str, Mapping[str, Metric]], chance: float, title
     figure, axes = draw.canvas(title, 7, 1.6 + 0.5 * len(results) * table["metric"].nunique() ** 0.5)
     texts = table["accuracy"].map("{:.1f} %, ".format) + table["variant"]
     draw.dots(axes, table, "accuracy", "metric", "variant", texts)
-    axes.get_legend().remove()
     draw.rule(axes, chance * 100, "guessing")
     axes.set_xlabel("right answers (%), bars: 95 % Wilson interval")
     return figure

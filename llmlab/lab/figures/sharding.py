@@ -30,7 +30,7 @@ def memory(plans: Sequence[Plan], title: str) -> Figure:
     table = table.set_index(table["bits"] + table["layout"])
     figure, axes = draw.canvas(title, 7.4, 1.4 + 0.34 * len(table))
     _memory(axes, table, plans[0].memory, remark=", does not fit")
-    draw.legend_below(figure, len(PARTS))
+    draw.legend_below(axes, len(PARTS))
     return figure
 
 
@@ -54,16 +54,15 @@ def layouts(plan: Plan, title: str, job: str = "the job") -> Figure:
         else:
             draw.note(right, verdict, (0, row), color=draw.GREY)
     right.set(xlabel=f"predicted seconds for {job}", xlim=(0, seconds.fillna(0).max() * 1.3 or 1))
-    draw.legend_below(figure, len(PARTS), "left")
+    draw.legend_below(left, len(PARTS), "outside lower left")
     figure.suptitle(draw.drawable(title), x=0.01, ha="left", size=11, weight="bold")
     return figure
 
 
 def _memory(axes: Axes, table: pd.DataFrame, limit: int, remark: str = "") -> None:
     """Stacked bars of the rows of `Plan.table`; those that do not fit are pale, with a remark. `limit`: bytes."""
-    draw.stacked(axes, table, PARTS)
     fits = table["verdict"] == "fits"
-    for bars in axes.containers:
+    for bars in draw.stacked(axes, table, PARTS):
         for bar, fit in zip(bars, fits, strict=True):
             bar.set_alpha(1.0 if fit else 0.4)
     for row, (needed, fit) in enumerate(zip(table["needed"], fits, strict=True)):

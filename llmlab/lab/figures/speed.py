@@ -55,13 +55,12 @@ def module_shares(tables: Mapping[str, pd.DataFrame], title: str) -> Figure:
     shares = pd.DataFrame({phase: table.set_index("group")["share"] * 100 for phase, table in tables.items()})
     shares.columns = [f"{phase}\n{table['seconds'].sum() * 1000:,.0f} ms" for phase, table in tables.items()]
     figure, axes = draw.canvas(title, 7, 1.5 + 0.75 * len(tables))
-    draw.stacked(axes, shares.reindex(list(GROUPS)).fillna(0).T, GROUPS, edgecolor="white")
-    for bars in axes.containers:
+    for bars in draw.stacked(axes, shares.reindex(list(GROUPS)).fillna(0).T, GROUPS, edgecolor="white"):
         words = [f"{bar.get_width():.0f}" if bar.get_width() >= 4 else "" for bar in bars]
         axes.bar_label(bars, words, label_type="center", color="white", size=9)
     axes.set(xlabel="share of the forward pass (%)", xlim=(0, 100))
     axes.grid(visible=False)
-    draw.legend_below(figure, 3)
+    draw.legend_below(axes, 3)
     return figure
 
 
@@ -82,9 +81,10 @@ def roofline(peaks: Sequence[Peaks], points: pd.DataFrame, title: str) -> Figure
         axes.plot([low, peak.ridge, high], [peak.attainable(low) / 1e9, roof, roof], color=colour)
         words = f"{peak.dtype}: {roof:,.0f} GFLOP/s"
         draw.note(axes, words, (peak.ridge, roof), (24, 8), color=colour, size=9, weight="bold")
-        for point in points[points["dtype"] == peak.dtype].itertuples():
-            words = f"{point.label} ({point.flops / peak.attainable(point.intensity):.0%})"
-            draw.note(axes, words, (point.intensity, point.flops / 1e9), (9, 0), color=colour)
+        reached = points.loc[points["dtype"] == peak.dtype, ["label", "intensity", "flops"]]
+        for label, intensity, flops in reached.itertuples(index=False):
+            words = f"{label} ({flops / peak.attainable(intensity):.0%})"
+            draw.note(axes, words, (intensity, flops / 1e9), (9, 0), color=colour)
     points = points.assign(gflops=points["flops"] / 1e9)
     look = {"palette": palette, "markers": dict(zip(palette, markers, strict=True)), "s": 50, "legend": False}
     sns.scatterplot(points, x="intensity", y="gflops", hue="dtype", style="dtype", zorder=3, ax=axes, **look)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import fields
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from numpy.typing import NDArray
@@ -86,24 +84,26 @@ def pareto_front(
     Raises InputError if no record has both metrics.
     """
     records, budgets = with_both(frame, x, y), budgets or {}
-    inside, labels = within(records, budgets), names(records)
+    inside, labels, rows = within(records, budgets), names(records), records.to_dict("records")
     front = records[pareto(records, x, y)].sort_values(x)
     figure, axes = draw.canvas(title, 8.6, max(4.2, 1.4 + 0.27 * len(front)))
-    line = {"color": draw.SKY, "linewidth": 2.5, "alpha": 0.6, "zorder": 2}
-    axes.plot(front[x], front[y], drawstyle="steps-post" if _costs(records, x) else "steps-pre", **line)
-    for place, row in records.drop(front.index).iterrows():
-        _point(
-            axes, row, (x, y), color=LIGHT, markersize=8, alpha=1.0 if inside[place] else 0.25, gid=f"record-{place}"
-        )
+    corner = "steps-post" if _costs(records, x) else "steps-pre"
+    axes.plot(front[x], front[y], drawstyle=corner, color=draw.SKY, linewidth=2.5, alpha=0.6, zorder=2)
+    for place, row in enumerate(rows):
+        size, colour, order = (13, draw.BLUE, 4) if place in front.index else (8, LIGHT, 3)
+        xerr, yerr = (_spread(row, metric) for metric in (x, y))
+        axes.errorbar(
+            row[x], row[y], xerr=xerr, yerr=yerr, fmt="o", color=colour, markersize=size, markeredgecolor="white",
+            elinewidth=1, capsize=2, alpha=1.0 if inside[place] else 0.25, zorder=order, gid=f"record-{place}",
+        )  # fmt: skip
     line_height = 0.25 / (figure.get_figheight() * 0.75)
-    for number, (place, row) in enumerate(front.iterrows(), start=1):
-        alpha, gid, name = 1.0 if inside[place] else 0.25, f"record-{place}", draw.drawable(labels[place])
-        _point(axes, row, (x, y), color=draw.BLUE, markersize=13, alpha=alpha, zorder=4, gid=gid)
-        inner = {"ha": "center", "size": 7.5, "color": "white", "weight": "bold", "zorder": 5}
-        draw.note(axes, str(number), (row[x], row[y]), (0, 0), gid=gid, **inner)
+    for number, place in enumerate(front.index.tolist(), start=1):
+        at, gid, name = (rows[place][x], rows[place][y]), f"record-{place}", draw.drawable(labels[place])
+        white = {"ha": "center", "size": 7.5, "color": "white", "weight": "bold", "zorder": 5}
+        draw.note(axes, str(number), at, (0, 0), gid=gid, **white)
         text = f"{number}: {name if len(name) <= 44 else name[:43] + '…'}"
-        at = 1.03, 1 - line_height * (number - 0.5)
-        draw.note(axes, text, at, (0, 0), xycoords="axes fraction", color=draw.BLUE if inside[place] else LIGHT)
+        at, colour = (1.03, 1 - line_height * (number - 0.5)), draw.BLUE if inside[place] else LIGHT
+        draw.note(axes, text, at, (0, 0), xycoords="axes fraction", color=colour)
     for axis, metric in ((axes.xaxis, x), (axes.yaxis, y)):
         better = "less" if _costs(records, metric) else "more"
         axis.set_label_text(f"{draw.drawable(label(records, metric))}, {better} is better")
@@ -137,12 +137,11 @@ def label(frame: pd.DataFrame, metric: str) -> str:
     return metric.replace("_", " ") + (f" ({unit})" if unit else "")
 
 
-def _point(axes: Axes, row: pd.Series[Any], metrics: tuple[str, str], **look: Any) -> None:
-    """A record as a dot with the intervals of both metrics."""
-    spread = [[row[m] - row.get(f"{m}_low", row[m]), row.get(f"{m}_high", row[m]) - row[m]] for m in metrics]
-    xerr, yerr = np.fmax(0, np.array(spread, dtype=float))[..., None]  # 0 where there is no interval
-    x, y = (row[metric] for metric in metrics)
-    axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="o", markeredgecolor="white", elinewidth=1, capsize=2, **look)
+def _spread(row: Mapping[Hashable, float], metric: str) -> NDArray[np.float64]:
+    """How far its interval reaches below and above a value, as matplotlib wants it; 0 where there is none."""
+    value = row[metric]
+    ends = value - row.get(f"{metric}_low", value), row.get(f"{metric}_high", value) - value
+    return np.fmax(0, ends).reshape(2, 1)
 
 
 def _costs(frame: pd.DataFrame, metric: str) -> bool:
