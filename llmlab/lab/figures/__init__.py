@@ -1,6 +1,7 @@
 """Figures, a file a subject: numbers in, Figure out, drawn in one style.
 
-`figures.show(figures.scoring.endings(...), name, alt)`; a subject is imported when it is first named.
+`figures.show(figures.scoring.endings(...), name, alt)`; a subject is imported when it is first named. The `title` of
+every figure is its message.
 """
 
 from importlib import import_module

@@ -34,13 +34,14 @@ MARKERS = "osD^v<>"
 FONT = "DejaVu Sans"
 STYLE = {
     **sns.axes_style("ticks", {"font.sans-serif": [FONT], "grid.color": "#E2E2E2", "axes.grid": True}),
-    **sns.plotting_context("paper", font_scale=1.06, rc={"axes.titlesize": 11, "lines.linewidth": 1.6}),
+    **sns.plotting_context("paper", font_scale=1.06, rc={"axes.titlesize": 11, "lines.markersize": 6}),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "figure.constrained_layout.use": True,
     "legend.frameon": False,
+    "lines.linewidth": 1.6,
     "patch.force_edgecolor": False,
 }
 # Given a value and both ends of its interval (`with_ends`), seaborn draws the middle one, and a whisker over all.

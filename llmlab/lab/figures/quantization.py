@@ -28,8 +28,8 @@ def grids(weights: Weights, rounded: Mapping[str, tuple[Weights, Weights]], titl
     axes.plot(weights, np.zeros(len(weights)), "|", color="black", markersize=16, markeredgewidth=0.8)
     for row, (levels, values) in enumerate(rounded.values(), start=1):
         axes.plot(levels, np.full(len(levels), row), "|", color=draw.GREY, markersize=24, markeredgewidth=0.8)
-        counts = pd.Series(values.round(6)).value_counts()
-        axes.scatter(counts.index, np.full(len(counts), row), s=8 + 14 * counts, color=draw.COLOURS[row - 1], zorder=3)
+        counts, colour = pd.Series(values.round(6)).value_counts(), draw.COLOURS[row % len(draw.COLOURS) - 1]
+        axes.scatter(counts.index, np.full(len(counts), row), s=8 + 14 * counts, color=colour, zorder=3)
         rms = np.sqrt(np.mean((values - weights) ** 2))
         draw.note(axes, f"moved by {rms:.3f} (rms)", (1.01, row), (0, 0), xycoords=axes.get_yaxis_transform())
     axes.set_yticks(range(len(rounded) + 1), ["weights", *rounded])
