@@ -15,6 +15,7 @@ from bs4 import BeautifulSoup
 from conftest import CHECKOUT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+import llmlab
 from llmlab import InputError
 from llmlab.bench.challenge import Submission
 from llmlab.lab.redraw import FIGURES, redraw, roofline
@@ -43,7 +44,7 @@ def home(tmp_path, monkeypatch):
 
 FIGURE = """
 import matplotlib.pyplot as plt
-from llmlab.lab.figures import common as figures
+from llmlab.lab import figures
 figure, axes = plt.subplots()
 axes.plot([x, 2])
 figures.show(figure, "line", "A line from <x> to 2.")
@@ -220,7 +221,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML, Markdown, display
 from llmlab import Metric
-from llmlab.lab.figures import common as figures
+from llmlab.lab import figures
 from llmlab.measure.record import Record, append
 
 def attack(number):
@@ -290,7 +291,8 @@ def test_the_readme_figures_are_drawn_again_from_the_reference(tmp_path):
     svg = (tmp_path / "roofline.svg").read_text()
     assert "fp32: 187 GFLOP/s" in svg
     assert "memory: 35 GB/s" in svg
+    assert "decode (28%)" in svg
     with pytest.raises(InputError, match="there are no records in"):
         redraw(reference=tmp_path, folder=tmp_path)
     with pytest.raises(InputError, match="no record of a phase"):
-        roofline([])
+        roofline(llmlab.records(tmp_path / "none.jsonl"))

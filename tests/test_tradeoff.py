@@ -10,11 +10,10 @@ from llmlab.base.stats import Metric
 from llmlab.bench.combination import BASELINE, Combination, combinations, comparable, recommended, speedups
 from llmlab.bench.tradeoff import Effort, Material, material, measure_point, perplexity_ratio
 from llmlab.data import fingerprint
-from llmlab.lab.figures import challenge as challenge_figures
-from llmlab.lab.figures import tradeoffs as tradeoff_figures
+from llmlab.lab import figures, leaderboard
 from llmlab.lab.redraw import trade_offs
 from llmlab.lab.sweep.grid import read_grid
-from llmlab.measure.record import Record, append, read_records
+from llmlab.measure.record import Record, append
 
 pytestmark = pytest.mark.slow
 
@@ -179,7 +178,7 @@ def test_speeds_are_compared_on_one_machine_and_the_newest_record_stands(tmp_pat
 
 
 def test_the_front_is_drawn_with_the_names():
-    figure = tradeoff_figures.pareto_front(combinations(table(ROWS)), "decode_tokens_per_second", "answers_kept", "t")
+    figure = figures.tradeoffs.pareto_front(combinations(table(ROWS)), "decode_tokens_per_second", "answers_kept", "t")
     drawn = " ".join(text.get_text() for text in figure.axes[0].texts)
     assert "4 bits gptq" in drawn
     assert "fp32, draft lookup" in drawn
@@ -192,10 +191,10 @@ def test_the_readmes_front_is_drawn_from_records(tmp_path):
         about = {"model": "m", "revision": None, "transformation": "none", "dtype": "fp32", "device": "cpu"}
         about |= {"threads": 2, "track": "exact", "protocol": "p", "data": "d", "settings": combination.settings}
         append(Record("trade-off", metrics, 9, **about), store)
-    figure = trade_offs(read_records(store))
+    figure = trade_offs(llmlab.records(store))
     assert "4 bits gptq" in " ".join(text.get_text() for text in figure.axes[0].texts)
     with pytest.raises(InputError, match="llmlab sweep"):
-        trade_offs([])
+        trade_offs(llmlab.records(tmp_path / "none.jsonl"))
 
 
 def test_the_recorded_grid_of_the_first_schema_is_read_with_its_combinations():
@@ -209,11 +208,11 @@ def test_the_recorded_grid_of_the_first_schema_is_read_with_its_combinations():
 
 
 def test_the_leaderboard_names_its_baseline_and_marks_projections():
-    board = challenge_figures.leaderboard()
+    board = leaderboard.results()
     assert board.loc[board["kind"] == "baseline", "seconds"].item() == 3763.66
-    projected = challenge_figures.projections()
+    projected = leaderboard.projections()
     assert set(projected["kind"]) == {"exact track", "open track"}
-    figure = challenge_figures.beside_leaderboard(pd.concat([board, projected]), "t")
+    figure = figures.challenge.beside_leaderboard(pd.concat([board, projected]), "t")
     bars = figure.axes[0].patches
     assert len(bars) == len(board) + len(projected)
     assert sum(bar.get_hatch() is not None for bar in bars) == len(projected)

@@ -17,12 +17,9 @@ import llmlab
 from llmlab import InputError, Metric
 from llmlab.decoding.loop import Step
 from llmlab.decoding.result import Completion
-from llmlab.lab import widgets
-from llmlab.lab.figures import common as figures
-from llmlab.lab.figures import plan as plan_figures
-from llmlab.lab.figures import speculation as speculation_figures
-from llmlab.lab.figures import tradeoffs as tradeoff_figures
-from llmlab.lab.figures.drawable import drawable
+from llmlab.lab import figures, widgets
+from llmlab.lab.figures import tradeoffs
+from llmlab.lab.passes import Pass
 from llmlab.measure.record import Measurement, append, describe, records
 
 EVIL = "<script>alert(1)</script> $x$ & \"'"
@@ -76,9 +73,9 @@ def test_the_front_is_what_brute_force_finds(points, units):
 
 
 def test_budgets_count_from_the_best(frame):
-    assert tradeoff_figures.worst_allowed(frame, "acc", 0.1) == pytest.approx(0.36)
-    assert tradeoff_figures.worst_allowed(frame, "perplexity", 0.1) == pytest.approx(29.7)
-    kept = tradeoff_figures.within(frame, {"acc": 0.36, "peak_memory": 1e8})
+    assert tradeoffs.worst_allowed(frame, "acc", 0.1) == pytest.approx(0.36)
+    assert tradeoffs.worst_allowed(frame, "perplexity", 0.1) == pytest.approx(29.7)
+    kept = tradeoffs.within(frame, {"acc": 0.36, "peak_memory": 1e8})
     assert list(kept) == [False, True, False, False]
 
 
@@ -90,7 +87,7 @@ def test_real_records_can_be_explored(smollm2, tmp_path):
         }
         append(describe(smollm2, Measurement("everyday", metrics, 40, "for a test")), tmp_path / "records.jsonl")
     frame = records(tmp_path / "records.jsonl")
-    assert tradeoff_figures.metrics(frame) == ["acc", "tokens_per_second"]
+    assert tradeoffs.metrics(frame) == ["acc", "tokens_per_second"]
     view = widgets.tradeoff_explorer(frame)
     assert view.controls["y"].value == "acc"
     assert "token/s" in view.picture.value
@@ -197,16 +194,16 @@ def test_twins_have_alt_text_and_draw_whatever_text_there_is(smollm2, frame, tmp
 
 def test_the_figures_take_plain_data(frame):
     plan = llmlab.plan(llmlab.model_card("opt-125m"), devices=2, memory="1GiB", device="v100", workload="decode")
-    assert plan_figures.layouts(plan, "t").axes
-    assert speculation_figures.steps([speculation_figures.Pass("", ["a"] * 90, [["\n"]], None)], "t").axes
-    front = tradeoff_figures.pareto_front(frame, "peak_memory", "acc", "t", {"acc": 0.36, "peak_memory": 2e8})
+    assert figures.sharding.layouts(plan, "t").axes
+    assert figures.decoding.steps([Pass("", ["a"] * 90, [["\n"]], None)], "t").axes
+    front = tradeoffs.pareto_front(frame, "peak_memory", "acc", "t", {"acc": 0.36, "peak_memory": 2e8})
     assert front.axes[0].get_xlabel() == "peak memory (B), less is better"
     with pytest.raises(InputError, match="no record has both acc and nothing"):
-        tradeoff_figures.pareto_front(frame, "acc", "nothing", "t")
+        tradeoffs.pareto_front(frame, "acc", "nothing", "t")
 
 
 def test_drawable():
-    assert drawable("a$b\n数") == r"a\$b⏎□"
+    assert figures.drawable("a$b\n数") == r"a\$b⏎□"
 
 
 CELL = """

@@ -196,7 +196,7 @@ class Engine:
 
     def profile(self) -> dict[int, float]:
         """Seconds of a pass by its width at the batch size of the cache, measured once. Keeps nothing in the cache."""
-        return self.times.measure(self.forward, self.cache, self.device)
+        return self.times.measure(self.forward, self.cache)
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:

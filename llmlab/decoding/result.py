@@ -60,13 +60,6 @@ class GenerateResult:
     memory_bytes: int | None = None
     task: str = "generate"
     data: str = "prompts"
-    memory_bytes: int | None = None
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """What was run, for a Record."""
-        sampling = {"temperature": f"{self.temperature:g}"}
-        return sampling | {"batch_size": str(self.batch_size), "draft": self.draft}
 
     @property
     def n(self) -> int:
@@ -90,7 +83,7 @@ class GenerateResult:
             "temperature": f"{self.temperature:g}",
             "top_p": f"{self.top_p:g}",
             "batch_size": str(self.batch_size),
-            "draft": self.draft or "none",
+            "draft": self.draft,
         }
 
     @property

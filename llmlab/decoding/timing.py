@@ -35,7 +35,7 @@ class PassTimes:
             return max(below[1], above[1])
         return below[1] + (above[1] - below[1]) * (wanted - below[0]) / (above[0] - below[0])
 
-    def measure(self, forward: Forward, cache: Cache, device: torch.device) -> dict[int, float]:
+    def measure(self, forward: Forward, cache: Cache) -> dict[int, float]:
         """Seconds by width at the batch size of the cache; measures what is missing. Keeps nothing in the cache."""
         batch, lengths = cache.batch, cache.lengths
         most = max(max(lengths) + 1, min(cache.capacity // 2, cache.capacity - self.widths[-1]))
@@ -45,15 +45,15 @@ class PassTimes:
             missing = [w for w in some if (rows, w) not in self.measured]
             cache.batch = rows
             cache.lengths = [max(1, most - row % 2) for row in range(rows)]  # they differ in length, as they do later
-            self._time(forward, rows, missing, device)
+            self._time(forward, rows, missing)
             cache.batch, cache.lengths = batch, lengths
         return {w: self.measured[batch, w] for w in widths}
 
-    def _time(self, forward: Forward, rows: int, widths: list[int], device: torch.device, repeats: int = 3) -> None:
+    def _time(self, forward: Forward, rows: int, widths: list[int], repeats: int = 3) -> None:
         runs: dict[int, list[float]] = {w: [] for w in widths}
         for turn in range(RECORD + 1 + repeats):
             for width in widths:
-                seconds = seconds_of(partial(forward, [[0] * width] * rows), device)
+                seconds = seconds_of(partial(forward, [[0] * width] * rows))
                 if turn > RECORD:  # those before are warm-ups, and record the passes
                     runs[width].append(seconds)
         # A pass over more tokens is never cheaper: that would be noise.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -14,15 +13,12 @@ from llmlab.base.errors import InputError
 from llmlab.base.paths import PACKAGE
 from llmlab.base.stats import Metric
 from llmlab.bench.combination import combinations, comparable
-from llmlab.lab.figures import common as figures
-from llmlab.lab.figures import tradeoffs as tradeoff_figures
-from llmlab.measure.record import as_frame, read_records
+from llmlab.lab.figures import save, speed, tradeoffs
+from llmlab.measure.record import records as read_records
 from llmlab.measure.roofline import Peaks
 
 REFERENCE = PACKAGE.parent / "data" / "reference"
 TRACKED = PACKAGE.parent / "figures"
-
-Rows = list[dict[str, Any]]
 
 
 def redraw(reference: Path = REFERENCE, folder: Path = TRACKED) -> list[Path]:
@@ -33,45 +29,42 @@ def redraw(reference: Path = REFERENCE, folder: Path = TRACKED) -> list[Path]:
     drawn = []
     for name, file, alt, draw in FIGURES:
         records = read_records(reference / file)
-        if not records:
+        if records.empty:
             raise InputError(f"there are no records in {reference / file}: run in a checkout with its data/reference.")
         figure = draw(records)
-        drawn.append(figures.save(figure, name, alt, folder))
+        drawn.append(save(figure, name, alt, folder))
         plt.close(figure)
     return drawn
 
 
-def roofline(records: Rows) -> Figure:
+def roofline(records: pd.DataFrame) -> Figure:
     """The roofline of notebook 01. A phase's record holds what it reached and its shares of both limits, so
     peak FLOP/s = FLOP/s / MFU and peak bytes/s = FLOP/s / intensity / MBU."""
-    newest = {}
-    for record in records:
-        if {"flops", "intensity", "mfu", "mbu"} <= record["metrics"].keys():
-            newest[record["dtype"], record["task"]] = record
-    if not newest:
+    phases = records.reindex(columns=["device", "dtype", "task", "flops", "intensity", "mfu", "mbu"]).dropna()
+    newest = phases.drop_duplicates(["dtype", "task"], keep="last")
+    if newest.empty:
         raise InputError("the reference has no record of a phase with flops, intensity, mfu and mbu: run notebook 01.")
-    peaks, points = {}, []
-    for (dtype, task), record in newest.items():
-        flops, intensity, mfu, mbu = (record["metrics"][name]["value"] for name in ("flops", "intensity", "mfu", "mbu"))
-        limits = Metric(flops / mfu, "FLOP/s"), Metric(flops / intensity / mbu, "B/s")
-        peaks[dtype] = Peaks(record["device"], dtype, *limits, matmul=(0, 0, 0))  # its shape is not in the record
-        label = "prefill" if task.startswith("prefill") else "decode"
-        points.append({"label": label, "dtype": dtype, "intensity": intensity, "flops": flops})
-    return figures.roofline(
-        list(peaks.values()), pd.DataFrame(points), "Decode sits under the slope, prefill under the roof"
-    )
+    newest = newest.assign(peak=newest["flops"] / newest["mfu"])
+    newest["bandwidth"] = newest["flops"] / newest["intensity"] / newest["mbu"]
+    limits = newest.drop_duplicates("dtype", keep="last")[["device", "dtype", "peak", "bandwidth"]]
+    peaks = [
+        Peaks(device, dtype, Metric(peak, "FLOP/s"), Metric(bandwidth, "B/s"), (0, 0, 0))  # its shape is not recorded
+        for device, dtype, peak, bandwidth in limits.itertuples(index=False)
+    ]
+    is_prefill = newest["task"].str.startswith("prefill")
+    points = newest.assign(label=is_prefill.map({True: "prefill", False: "decode"}))
+    return speed.roofline(peaks, points, "Decode sits under the slope, prefill under the roof")
 
 
-def trade_offs(records: Rows) -> Figure:
+def trade_offs(records: pd.DataFrame) -> Figure:
     """The front of notebook 06: what speed of writing costs in perplexity, over the whole grid."""
-    points = comparable(combinations(as_frame(records)))
-    return tradeoff_figures.pareto_front(
-        points, "decode_tokens_per_second", "perplexity_ratio", "What speed costs: every combination, and the best ones"
-    )
+    title = "What speed costs: every combination, and the best ones"
+    points = comparable(combinations(records))
+    return tradeoffs.pareto_front(points, "decode_tokens_per_second", "perplexity_ratio", title)
 
 
 # Name, file of data/reference/, alt text, function of that file's records.
-FIGURES: list[tuple[str, str, str, Callable[[Rows], Figure]]] = [
+FIGURES: list[tuple[str, str, str, Callable[[pd.DataFrame], Figure]]] = [
     (
         "roofline",
         "cpu-2-cores.jsonl",

@@ -1,80 +1,100 @@
-"""Figures of decoding: what a pass costs by its width, and what drafts bring, predicted and measured."""
+"""Figures of decoding: what a pass costs by its width, what drafts bring, and what each pass of a completion did."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from llmlab.lab.figures.common import BLUE, GREEN, GREY, ORANGE, PINK, style
+from llmlab.lab.figures import draw
+from llmlab.lab.passes import Pass
 
-COLOURS = (BLUE, ORANGE, GREEN, PINK)
-MARKERS = "osD^"
+WIDEST = 118  # characters of a row of tokens
+KINDS = {  # of a token -> face, edge and ink of its box
+    "accepted": (draw.GREEN, draw.GREEN, "white"),
+    "rejected": ("white", "#D0D0D0", draw.GREY),
+    "the model's own": ("white", draw.BLUE, "black"),
+}
 
 
+@draw.style()
 def pass_cost(profiles: Mapping[str, Mapping[int, float]], title: str) -> Figure:
     """Milliseconds of one pass over its number of tokens; dashed: if each token cost as much as the first.
 
     Args:
         profiles: name -> width -> seconds, from `Engine.profile`.
-        title: the figure's message.
     """
-    with style():
-        figure, axes = plt.subplots(figsize=(7, 3.8))
-        top = max(max(found.values()) for found in profiles.values()) * 1e3
-        for (name, found), colour, marker in zip(profiles.items(), COLOURS, MARKERS, strict=False):
-            widths, times = list(found), [seconds * 1e3 for seconds in found.values()]
-            axes.plot(widths, times, marker=marker, color=colour)
-            axes.annotate(
-                name, (widths[-1], times[-1]), (8, 0), textcoords="offset points", va="center", color=colour, size=9
-            )
-            axes.plot(widths, [times[0] * w for w in widths], color=colour, linestyle="--", linewidth=1)
-        axes.text(
-            0.5, 0.93, "dashed: if every token cost as much as the first", transform=axes.transAxes, color=GREY, size=9
-        )
-        axes.set_ylim(0, top * 1.6)
-        ticks = sorted({width for found in profiles.values() for width in found})
-        axes.set_xticks(ticks)
-        axes.set_xlim(0, ticks[-1] * 1.28)
-        axes.set_xlabel("tokens in one pass (1 = plain decoding)")
-        axes.set_ylabel("milliseconds of the pass")
-        axes.set_title(title)
+    series = {name: pd.Series(profile) * 1e3 for name, profile in profiles.items()}
+    table = pd.concat(series, names=["model", "tokens"]).rename("milliseconds").reset_index()
+    table["linear"] = table.groupby("model")["milliseconds"].transform("first") * table["tokens"]
+    ticks, words = table["tokens"].unique(), "dashed: if every token cost as much as the first"
+    figure, axes = draw.canvas(title, xticks=ticks, ylabel="milliseconds of the pass")
+    axes.set(ylim=(0, table["milliseconds"].max() * 1.6), xlim=(0, ticks.max() * 1.03))
+    draw.lines(axes, table, "tokens", "milliseconds", "model", ideal=("linear", "--"))
+    draw.note(axes, words, (0.99, 0.93), (0, 0), xycoords="axes fraction", ha="right", color=draw.GREY)
+    axes.set_xlabel("tokens in one pass (1 = plain decoding)")
     return figure
 
 
+@draw.style()
 def speedups(table: pd.DataFrame, title: str) -> Figure:
     """Measured speed of each draft over plain decoding by kind of prompt, beside what the cost model predicts.
 
     Args:
         table: columns `draft`, `kind`, `acceptance_rate`, `speedup_vs_plain` with `speedup_low` and `speedup_high`,
             `predicted_speedup`.
-        title: the figure's message.
     """
-    with style():
-        drafts, kinds = list(dict.fromkeys(table["draft"])), list(dict.fromkeys(table["kind"]))
-        figure, axes = plt.subplots(figsize=(7.4, 1.5 + 0.26 * len(drafts) * len(kinds)))
-        for index, (draft, colour, marker) in enumerate(zip(drafts, COLOURS, MARKERS, strict=False)):
-            mine = table[table["draft"] == draft].set_index("kind").loc[kinds]
-            y = [row + (index - (len(drafts) - 1) / 2) * 0.22 for row in range(len(kinds))]
-            axes.hlines(y, mine["speedup_low"], mine["speedup_high"], color=colour, linewidth=1.5)
-            axes.plot(mine["speedup_vs_plain"], y, marker, color=colour, label=draft)
-            axes.plot(mine["predicted_speedup"], y, "|", color="black", markersize=13, markeredgewidth=1.5)
-            for height, (_, row) in zip(y, mine.iterrows(), strict=True):
-                right = max(row["speedup_high"], row["predicted_speedup"])
-                axes.annotate(
-                    f"{row['acceptance_rate']:.0%} accepted", (right, height), (8, 0), textcoords="offset points",
-                    va="center", size=7.5, color=colour,
-                )  # fmt: skip
-        axes.plot([], [], "|", color="black", markersize=13, markeredgewidth=1.5, label="predicted")
-        axes.axvline(1, color=GREY, linestyle="--", linewidth=1)
-        axes.set_yticks(range(len(kinds)), kinds)
-        axes.invert_yaxis()
-        axes.set_xlim(left=min(0.8, float(table["speedup_low"].min()) * 0.95))
-        axes.set_xlim(right=axes.get_xlim()[1] * 1.12)
-        axes.set_xlabel("speed over plain decoding (x; line: slowest to fastest run)")
-        axes.grid(axis="y", visible=False)
-        figure.legend(loc="outside lower center", ncols=len(drafts) + 1, fontsize=9)
-        axes.set_title(title)
+    drafts, kinds = table["draft"].nunique(), table["kind"].nunique()
+    figure, axes = draw.canvas(title, 7.4, 1.5 + 0.26 * drafts * kinds)
+    names = {"speedup_low": "low", "speedup_high": "high", "predicted_speedup": "beside"}
+    accepted = table["acceptance_rate"].map("{:.0%} accepted".format)
+    heights = draw.dots(axes, table.rename(columns=names), "speedup_vs_plain", "kind", "draft", accepted, legend=True)
+    predicted = table["predicted_speedup"]
+    axes.plot(predicted, heights, "|", color="black", markersize=13, markeredgewidth=1.5, label="predicted")
+    draw.rule(axes, 1, "plain")
+    axes.set_xlabel("speed over plain decoding (x; line: slowest to fastest run)")
+    draw.legend_below(axes, drafts + 1)
     return figure
+
+
+@draw.style()
+def steps(passes: Sequence[Pass], title: str, *, first: int = 12) -> Figure:
+    """The first passes, a row each and a box a token: accepted ones green, rejected ones struck out, own ones framed.
+
+    Args:
+        passes: from `lab.passes.read_passes`.
+        first: how many of them are drawn.
+    """
+    passes = passes[:first]
+    rows = [_kinds(row) for row in passes]
+    widest = min(max(60.0, *(sum(draw.token_width(text) for text, _ in row) for row in rows)), WIDEST)
+    figure, axes = draw.canvas(title, widest * 0.082 + 1.9, 0.42 * len(rows) + 1.25)
+    names = ["0: prompt", *(f"{k}: {row.source or 'no draft'}" for k, row in enumerate(passes[1:], start=1))]
+    draw.token_rows(axes, [name if len(name) < 28 else name[:27] + "…" for name in names], widest + 4, top=-1.3)
+    _row(axes, -0.9, [(kind, kind) for kind in KINDS], gap=1)
+    for line, row in enumerate(rows):
+        _row(axes, line, row)
+    return figure
+
+
+def _kinds(row: Pass) -> list[tuple[str, str]]:
+    """The tokens of a pass with what became of them."""
+    accepted = [(text, "accepted") for text in row.accepted]
+    rejected = [(text, "rejected") for branch in row.rejected for text in branch]
+    return accepted + rejected + ([] if row.own is None else [(row.own, "the model's own")])
+
+
+def _row(axes: Axes, y: float, row: Sequence[tuple[str, str]], gap: float = 0) -> None:
+    """A row of boxes, as many as there is room for; then how many more there are."""
+    x = 0.0
+    for place, (text, kind) in enumerate(row):
+        if x + draw.token_width(text) > WIDEST:
+            draw.note(axes, f"+{len(row) - place}", (x, y), (0, 0))
+            return
+        face, edge, ink = KINDS[kind]
+        end = draw.token_box(axes, x, y, text, ink, facecolor=face, edgecolor=edge, linewidth=1.4)
+        if kind == "rejected":
+            axes.plot([x + 0.5, end - 0.9], [y, y], color=draw.ORANGE, linewidth=1.1)
+        x = end + gap

@@ -1,101 +1,102 @@
-"""Figures of sharding: memory of every layout, timelines, a projection beside the leaderboard."""
+"""Figures of sharding: memory and predicted time of every layout, and timelines."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-from llmlab.lab.figures.common import BLUE, GREEN, GREY, ORANGE, style
+from llmlab.lab.figures import draw
 from llmlab.sharding.plan import Plan
 from llmlab.sharding.timeline import Timeline
 
-PARTS = {"weights": BLUE, "kv_cache": ORANGE, "activations": GREEN, "reserve": GREY}
-SHADES = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999", "#332288")
+# Columns of `Plan.table`.
+PARTS = {"weights": draw.BLUE, "KV cache": draw.ORANGE, "activations": draw.GREEN, "reserve": draw.GREY}
 
 
+@draw.style()
 def memory(plans: Sequence[Plan], title: str) -> Figure:
     """GiB on the fullest device by part, a bar a layout, and the memory that a device has.
 
     Args:
         plans: of one model and device; several with different bits.
-        title: the figure's message.
     """
-    with style():
-        bars = [(f"{p.bits} bits, {layout.name}", layout) for p in plans for layout in sorted(p.layouts, key=str)]
-        figure, axes = plt.subplots(figsize=(7.4, 1.4 + 0.34 * len(bars)))
-        for row, (_, layout) in enumerate(bars):
-            left = 0.0
-            for part, colour in PARTS.items():
-                width = getattr(layout, part) / 2**30
-                axes.barh(row, width, left=left, color=colour, height=0.66, alpha=1.0 if layout.fits else 0.45)
-                left += width
-            axes.text(left, row, f"  {left:.1f}" + ("" if layout.fits else "  does not fit"), va="center", size=8.5)
-        limit = plans[0].memory / 2**30
-        axes.axvline(limit, color="black", linewidth=1, linestyle="--")
-        axes.annotate(f"{limit:.0f} GiB", (limit, -0.6), (4, 0), textcoords="offset points", size=9)
-        axes.set_yticks(range(len(bars)), [name for name, _ in bars])
-        axes.set_ylim(len(bars) - 0.4, -1)
-        axes.set_xlim(0, max(limit, *(layout.bytes / 2**30 for _, layout in bars)) * 1.25)
-        axes.set_xlabel("GiB on the fullest device")
-        axes.grid(axis="y", visible=False)
-        handles = [Patch(color=colour) for colour in PARTS.values()]
-        names = [part.replace("kv_cache", "KV cache") for part in PARTS]
-        figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=9)
-        axes.set_title(title)
+    tables = {f"{plan.bits} bits, ": plan.table().sort_values("layout", ascending=False) for plan in plans}
+    table = pd.concat(tables, names=["bits", ""]).reset_index("bits")
+    table = table.set_index(table["bits"] + table["layout"])
+    figure, axes = draw.canvas(title, 7.4, 1.4 + 0.34 * len(table))
+    _memory(axes, table, plans[0].memory, remark=", does not fit")
+    draw.legend_below(axes, len(PARTS))
     return figure
 
 
-def timelines(runs: dict[str, Timeline], title: str, unit: str = "rank") -> Figure:
+@draw.style()
+def layouts(plan: Plan, title: str, job: str = "the job") -> Figure:
+    """A row a layout: GiB on its fullest device by part beside the predicted time, or why it cannot be used.
+
+    Args:
+        plan: with a device and a workload, so that there are predictions.
+        job: what the predicted seconds are for.
+    """
+    table = plan.table().set_index("layout")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 1.7 + 0.34 * len(table)), sharey=True)
+    _memory(left, table, plan.memory)
+    seconds = pd.to_numeric(table["seconds"], errors="coerce")  # NaN for a layout that cannot be used
+    right.barh(table.index, seconds, color=draw.BLUE, height=0.66)
+    right.grid(axis="y", visible=False)
+    for row, (time, verdict) in enumerate(zip(seconds, table["verdict"], strict=True)):
+        if verdict == "fits":
+            draw.note(right, _duration(time), (time, row))
+        else:
+            draw.note(right, verdict, (0, row), color=draw.GREY)
+    right.set(xlabel=f"predicted seconds for {job}", xlim=(0, seconds.fillna(0).max() * 1.3 or 1))
+    draw.legend_below(left, len(PARTS), "outside lower left")
+    figure.suptitle(draw.drawable(title), x=0.01, ha="left", size=11, weight="bold")
+    return figure
+
+
+def _memory(axes: Axes, table: pd.DataFrame, limit: int, remark: str = "") -> None:
+    """Stacked bars of the rows of `Plan.table`; those that do not fit are pale, with a remark. `limit`: bytes."""
+    fits = table["verdict"] == "fits"
+    for bars in draw.stacked(axes, table, PARTS):
+        for bar, fit in zip(bars, fits, strict=True):
+            bar.set_alpha(1.0 if fit else 0.4)
+    for row, (needed, fit) in enumerate(zip(table["needed"], fits, strict=True)):
+        draw.note(axes, f"{needed:.1f}" + ("" if fit else remark), (needed, row))
+    draw.rule(axes, limit / 2**30, f"{limit / 2**30:.4g} GiB", colour="black")
+    axes.set(xlabel="GiB on the fullest device", ylim=(len(table) - 0.4, -1))
+    axes.set_xlim(0, max(limit / 2**30, table["needed"].max()) * 1.25)
+
+
+@draw.style()
+def timelines(runs: Mapping[str, Timeline], title: str, unit: str = "rank") -> Figure:
     """Gantt charts one above the other on one time axis; neighbouring batches differ in shade, white is waiting.
 
     Args:
         runs: name -> timeline, simulated or measured.
-        title: the figure's message.
         unit: what a line is called.
     """
-    with style():
-        lines = max(t.ranks for t in runs.values())
-        figure, all_axes = plt.subplots(
-            len(runs), 1, figsize=(7.4, 0.5 + len(runs) * (0.7 + 0.24 * lines)), sharex=True, squeeze=False
-        )
-        for axes, (name, timeline) in zip(all_axes[:, 0], runs.items(), strict=True):
-            begin = min(span.start for span in timeline.spans)
-            for span in timeline.spans:
-                axes.barh(
-                    span.task.rank, span.end - span.start, left=span.start - begin, height=0.8,
-                    color=SHADES[span.task.batch % len(SHADES)], linewidth=0,
-                )  # fmt: skip
-            axes.set_yticks(range(timeline.ranks), [f"{unit} {k}" for k in range(timeline.ranks)], fontsize=8)
-            axes.invert_yaxis()
-            axes.grid(axis="y", visible=False)
-            axes.set_title(f"{name}: {timeline.seconds:.1f} s, bubble {timeline.bubble:.0%}", size=9.5, weight="normal")
-        all_axes[-1, 0].set_xlabel("seconds (a colour a batch, white: waiting)")
-        figure.suptitle(title, x=0.01, ha="left", size=11, weight="bold")
+    most = max(timeline.ranks for timeline in runs.values())
+    size = (7.4, 0.5 + len(runs) * (0.7 + 0.24 * most))
+    figure, panels = plt.subplots(len(runs), figsize=size, sharex=True, squeeze=False)
+    shades = sns.color_palette("colorblind")
+    for axes, (name, timeline) in zip(panels.flat, runs.items(), strict=True):
+        begin = min(span.start for span in timeline.spans)
+        for span in timeline.spans:
+            shade = shades[span.task.batch % len(shades)]
+            axes.barh(span.task.rank, span.end - span.start, left=span.start - begin, color=shade, linewidth=0)
+        axes.set_yticks(range(timeline.ranks), [f"{unit} {k}" for k in range(timeline.ranks)], fontsize=8)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_title(f"{name}: {timeline.seconds:.1f} s, bubble {timeline.bubble:.0%}", size=9.5, weight="normal")
+    axes.set_xlabel("seconds (a colour a batch, white: waiting)")
+    figure.suptitle(draw.drawable(title), x=0.01, ha="left", size=11, weight="bold")
     return figure
 
 
-def projection(rows: pd.DataFrame, title: str) -> Figure:
-    """Seconds for the whole set on a log axis: measured results of 2023 and projections, told apart by colour.
-
-    Args:
-        rows: columns `name`, `seconds`, `kind` ("measured in 2023" or "projected").
-        title: the figure's message.
-    """
-    with style():
-        rows = rows.sort_values("seconds", ascending=False).reset_index(drop=True)
-        figure, axes = plt.subplots(figsize=(7.4, 1.2 + 0.34 * len(rows)))
-        for row, (seconds, kind) in enumerate(rows[["seconds", "kind"]].itertuples(index=False)):
-            colour = GREY if kind == "measured in 2023" else BLUE
-            axes.plot(seconds, row, "s" if kind == "measured in 2023" else "o", color=colour)
-            text = f"{seconds:,.0f} s"
-            axes.annotate(text, (seconds, row), (8, 0), textcoords="offset points", va="center", size=8.5)
-        axes.set_yticks(range(len(rows)), rows["name"])
-        axes.set_xscale("log")
-        axes.set_xlim(float(rows["seconds"].min()) * 0.7, float(rows["seconds"].max()) * 1.6)
-        axes.set_xlabel("seconds for the whole set (log); squares: measured in 2023, circles: projected")
-        axes.set_title(title)
-    return figure
+def _duration(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

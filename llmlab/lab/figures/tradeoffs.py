@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+from numpy.typing import NDArray
 
 from llmlab.base.errors import InputError
-from llmlab.lab.figures.common import BLUE, ORANGE, style
-from llmlab.lab.figures.drawable import drawable
+from llmlab.lab.figures import draw
 from llmlab.measure.direction import direction
 from llmlab.measure.record import Record
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 LIGHT = "#B8B8B8"
 RECORD = {f.name for f in fields(Record)}
@@ -60,12 +55,16 @@ def names(frame: pd.DataFrame) -> list[str]:
     """What tells records apart, in short: the text columns in which they differ, or their column `name`."""
     if "name" in frame:
         return [str(name) for name in frame["name"]]
-    told = [c for c in frame if c not in SAME | set(metrics(frame)) and any(isinstance(v, str) for v in frame[c])]
-    told = [c for c in told if frame[c].nunique(dropna=False) > 1] or [c for c in ("model", "dtype") if c in frame]
-    rows = frame[told].astype(object).itertuples(index=False)
-    return [", ".join(str(v) for v in row if isinstance(v, str) and v not in ("", "none")) or "plain" for row in rows]
+    texts = frame.drop(columns=[*SAME, *metrics(frame)], errors="ignore")
+    texts = texts.loc[:, [any(isinstance(value, str) for value in texts[c]) for c in texts]]
+    differ = texts.loc[:, texts.nunique(dropna=False) > 1]
+    if differ.empty:
+        differ = texts[texts.columns.intersection(["model", "dtype"])]
+    rows = differ.astype(object).itertuples(index=False)
+    return [", ".join(v for v in row if isinstance(v, str) and v not in ("", "none")) or "plain" for row in rows]
 
 
+@draw.style()
 def pareto_front(
     frame: pd.DataFrame, x: str, y: str, title: str, budgets: Mapping[str, float] | None = None
 ) -> Figure:  # fmt: skip
@@ -74,46 +73,38 @@ def pareto_front(
     Args:
         frame: records; those with both metrics are drawn. Intervals are in the columns METRIC_low and METRIC_high.
         x, y: metrics.
-        title: the figure's message.
         budgets: metric -> the worst value still allowed; records beyond it fade.
 
     Raises InputError if no record has both metrics.
     """
-    records = with_both(frame, x, y)
-    front, inside = pareto(records, x, y), within(records, budgets or {})
-    labels = names(records)
-    with style():
-        winners = [int(place) for place in records[front].sort_values(x).index]
-        figure, axes = plt.subplots(figsize=(8.6, max(4.2, 1.4 + 0.27 * len(winners))))
-        for place in range(len(records)):
-            number = winners.index(place) + 1 if place in winners else None
-            _point(axes, records.iloc[place], (x, y), number, faded=not inside[place], gid=f"record-{place}")
-        corner = "steps-post" if _costs(records, x) else "steps-pre"
-        axes.plot(
-            records[x][winners],
-            records[y][winners],
-            color="#56B4E9",
-            linewidth=2.5,
-            alpha=0.6,
-            drawstyle=corner,
-            zorder=2,
-        )
-        for metric, limit in (budgets or {}).items():
-            _budget(axes, limit, vertical=metric == x)
-        height = figure.get_figheight() * 0.75
-        for number, place in enumerate(winners, start=1):
-            name = drawable(labels[place])
-            name = name if len(name) <= 44 else name[:43] + "…"
-            axes.annotate(
-                f"{number}: {name}", (1.03, 1 - 0.25 * (number - 0.5) / height), xycoords="axes fraction",
-                va="center", size=8.5, color=BLUE if inside[place] else LIGHT,
-            )  # fmt: skip
-        for axis, metric in ((axes.xaxis, x), (axes.yaxis, y)):
-            better = "less" if _costs(records, metric) else "more"
-            axis.set_label_text(f"{drawable(label(records, metric))}, {better} is better")
-            if records.attrs.get("units", {}).get(metric) == "B":
-                axis.set_major_formatter(EngFormatter("B"))
-        axes.set_title(drawable(title))
+    records, budgets = with_both(frame, x, y), budgets or {}
+    inside, labels, rows = within(records, budgets), names(records), records.to_dict("records")
+    front = records[pareto(records, x, y)].sort_values(x)
+    figure, axes = draw.canvas(title, 8.6, max(4.2, 1.4 + 0.27 * len(front)))
+    corner = "steps-post" if _costs(records, x) else "steps-pre"
+    axes.plot(front[x], front[y], drawstyle=corner, color=draw.SKY, linewidth=2.5, alpha=0.6, zorder=2)
+    for place, row in enumerate(rows):
+        size, colour, order = (13, draw.BLUE, 4) if place in front.index else (8, LIGHT, 3)
+        xerr, yerr = (_spread(row, metric) for metric in (x, y))
+        axes.errorbar(
+            row[x], row[y], xerr=xerr, yerr=yerr, fmt="o", color=colour, markersize=size, markeredgecolor="white",
+            elinewidth=1, capsize=2, alpha=1.0 if inside[place] else 0.25, zorder=order, gid=f"record-{place}",
+        )  # fmt: skip
+    line_height = 0.25 / (figure.get_figheight() * 0.75)
+    for number, place in enumerate(front.index.tolist(), start=1):
+        at, gid, name = (rows[place][x], rows[place][y]), f"record-{place}", draw.drawable(labels[place])
+        white = {"ha": "center", "size": 7.5, "color": "white", "weight": "bold", "zorder": 5}
+        draw.note(axes, str(number), at, (0, 0), gid=gid, **white)
+        text = f"{number}: {name if len(name) <= 44 else name[:43] + '…'}"
+        at, colour = (1.03, 1 - line_height * (number - 0.5)), draw.BLUE if inside[place] else LIGHT
+        draw.note(axes, text, at, (0, 0), xycoords="axes fraction", color=colour)
+    for axis, metric in ((axes.xaxis, x), (axes.yaxis, y)):
+        better = "less" if _costs(records, metric) else "more"
+        axis.set_label_text(f"{draw.drawable(label(records, metric))}, {better} is better")
+        if records.attrs.get("units", {}).get(metric) == "B":
+            axis.set_major_formatter(EngFormatter("B"))
+    for metric, limit in budgets.items():
+        draw.rule(axes, limit, f"budget {limit:.4g}", colour=draw.ORANGE, horizontal=metric != x)
     return figure
 
 
@@ -140,47 +131,17 @@ def label(frame: pd.DataFrame, metric: str) -> str:
     return metric.replace("_", " ") + (f" ({unit})" if unit else "")
 
 
-def _point(
-    axes: Axes, row: pd.Series[Any], metrics: tuple[str, str], number: int | None, *, faded: bool, gid: str
-) -> None:
-    x, y = (float(row[metric]) for metric in metrics)
-    spread = [_spread(row, metric) for metric in metrics]
-    alpha, colour, order = 0.25 if faded else 1.0, BLUE if number else LIGHT, 4 if number else 3
-    axes.errorbar(x, y, xerr=spread[0], yerr=spread[1], color=colour, linewidth=1, capsize=2, alpha=alpha, zorder=order)
-    (marker,) = axes.plot(
-        x, y, "o", color=colour, markersize=13 if number else 8, markeredgecolor="white", alpha=alpha, zorder=order
-    )
-    marker.set_gid(gid)
-    if number:
-        text = axes.annotate(
-            str(number), (x, y), ha="center", va="center", size=7.5, color="white", weight="bold", zorder=5
-        )
-        text.set_gid(gid)
-
-
-def _budget(axes: Axes, limit: float, *, vertical: bool) -> None:
-    if vertical:
-        axes.axvline(limit, color=ORANGE, linewidth=1.2, linestyle="--", zorder=1)
-        place, where, shift = (limit, 0.99), ("data", "axes fraction"), (-3, 0)
-    else:
-        axes.axhline(limit, color=ORANGE, linewidth=1.2, linestyle="--", zorder=1)
-        place, where, shift = (0.99, limit), ("axes fraction", "data"), (0, 3)
-    axes.annotate(
-        f"budget {limit:.4g}", place, shift, xycoords=where, textcoords="offset points", size=8.5, color=ORANGE,
-        ha="right", va="top" if vertical else "bottom", rotation=90 if vertical else 0,
-    )  # fmt: skip
-
-
-def _spread(row: pd.Series[Any], metric: str) -> list[list[float]] | None:
-    """How far its interval reaches below and above a value, as matplotlib wants it."""
-    low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
-    return None if pd.isna(low) or pd.isna(high) else [[row[metric] - low], [high - row[metric]]]
+def _spread(row: Mapping[Hashable, float], metric: str) -> NDArray[np.float64]:
+    """How far its interval reaches below and above a value, as matplotlib wants it; 0 where there is none."""
+    value = row[metric]
+    ends = value - row.get(f"{metric}_low", value), row.get(f"{metric}_high", value) - value
+    return np.fmax(0, ends).reshape(2, 1)
 
 
 def _costs(frame: pd.DataFrame, metric: str) -> bool:
     return direction(metric, frame.attrs.get("units", {}).get(metric, "")) < 0
 
 
-def _goodness(frame: pd.DataFrame, metric: str) -> np.ndarray[Any, Any]:
+def _goodness(frame: pd.DataFrame, metric: str) -> NDArray[np.float64]:
     values = frame[metric].to_numpy(dtype=float)
     return -values if _costs(frame, metric) else values

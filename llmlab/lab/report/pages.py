@@ -26,6 +26,7 @@ from llmlab.measure.environment import cpu_name, energy, git_commit, gpus, hardw
 from llmlab.measure.record import Record
 from llmlab.base.paths import PACKAGE, atomic
 from llmlab.base.stats import Metric
+from llmlab.lab.leaderboard import BOARD
 
 if TYPE_CHECKING:
     from llmlab.lab.report.report import Run
@@ -111,7 +112,7 @@ def write_index(runs: Sequence[Run], output: Path, *, seconds: float, command: s
 
 def write_challenge_page(submission: Submission, record: Record, output: Path) -> Path:
     """One page about one run of the challenge's job: challenge.html in `output`."""
-    return write_page(output, "challenge", submission=submission, record=record)
+    return write_page(output, "challenge", submission=submission, record=record, board=BOARD)
 
 
 def main_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 import ipywidgets
 from matplotlib.figure import Figure
 
-from llmlab.lab.figures import plan as plan_figures
+from llmlab.lab.figures import sharding
 from llmlab.lab.widgets.svg import inline
 from llmlab.lab.widgets.view import DESCRIBED, WIDE, Twin, View
 from llmlab.model.card import ModelCard
@@ -62,7 +62,7 @@ def plan_explorer(models: Sequence[str | ModelCard] = MODELS, *, name: str = "pl
         )  # fmt: skip
 
     def figure(found: Plan, workload: str) -> Figure:
-        return plan_figures.layouts(found, title(found), next(job for job, key in WORKLOADS.items() if key == workload))
+        return sharding.layouts(found, title(found), next(job for job, key in WORKLOADS.items() if key == workload))
 
     def draw(**chosen: Any) -> str:
         found = planned(**chosen)

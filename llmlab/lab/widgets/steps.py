@@ -9,8 +9,8 @@ from typing import Any
 import ipywidgets
 
 from llmlab.decoding.result import Completion
-from llmlab.lab.figures import speculation as speculation_figures
-from llmlab.lab.figures.speculation import Pass, read_passes
+from llmlab.lab.figures import decoding
+from llmlab.lab.passes import Pass, read_passes
 from llmlab.lab.widgets.view import DESCRIBED, Twin, View
 
 # Tints that leave the page's own ink readable, light or dark; no cue by colour alone.
@@ -58,7 +58,7 @@ def step_viewer(completion: Completion, tokenizer: Any, *, name: str = "speculat
         f"The first passes of a completion, a row each: accepted tokens green, rejected ones struck out, the model's "
         f"own framed. In all {title}; {accepted} of {drafted} drafted tokens were accepted."
     )
-    twin = Twin(name, alt, lambda: speculation_figures.steps(passes, title))
+    twin = Twin(name, alt, lambda: decoding.steps(passes, title))
     return View(make, lambda step: step_html(completion.prompt, passes, step), [twin], play)
 
 

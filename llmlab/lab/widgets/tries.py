@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from llmlab.base.errors import InputError
 from llmlab.data import Question
-from llmlab.lab.figures import common as figures
-from llmlab.lab.figures.drawable import drawable
+from llmlab.lab.figures import scoring
+from llmlab.lab.figures.draw import drawable
 from llmlab.lab.widgets.svg import inline
 from llmlab.lab.widgets.view import DESCRIBED, Twin, View
 from llmlab.model.lm import LM
@@ -45,7 +45,7 @@ class Seen:
     def draw_trie(self) -> Figure:
         """The trie, as wide as its longest ending needs."""
         title = f"{self.n_full} tokens become {len(self.trie)} nodes"
-        figure = figures.trie(self.tokens, self.trie.depths, self.parents, self.n_context, title)
+        figure = scoring.trie(self.tokens, self.trie.depths, self.parents, self.n_context, title)
         columns = max(self.trie.depths) - self.n_context + 2.6
         below = range(self.n_context, len(self.trie))
         pairs = [len(self.tokens[k]) + len(self.tokens[self.parents[k]]) for k in below]
@@ -54,7 +54,7 @@ class Seen:
 
     def draw_mask(self) -> Figure:
         """The attention mask."""
-        return figures.mask(self.sees, self.n_context, "A node sees its ancestors alone")
+        return scoring.mask(self.sees, self.n_context, "A node sees its ancestors alone")
 
 
 def trie_viewer(lm: LM, questions: list[Question], *, name: str = "question") -> View:

@@ -14,7 +14,7 @@ from IPython.display import display
 from matplotlib.figure import Figure
 
 from llmlab.base.errors import InputError
-from llmlab.lab.figures import common as figures
+from llmlab.lab import figures
 
 WIDE = {"width": "auto", "min_width": "280px"}
 DESCRIBED = {"description_width": "initial"}
