@@ -73,7 +73,7 @@ _HOME = {
     "self_4bit": "llmlab.jobs.own_draft",
     "SelfDraft": "llmlab.decoding.drafts",
     "stream": "llmlab.decoding.generate",
-    "sweep": "llmlab.lab.sweep.sweep",
+    "sweep": "llmlab.lab.sweep",
     "with_dtype": "llmlab.model.convert",
 }
 __all__ = [*sorted(_HOME), "__version__", "data", "record"]

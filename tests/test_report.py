@@ -17,9 +17,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from llmlab import InputError
 from llmlab.bench.challenge import Submission
+from llmlab.lab.notebooks import check_parameters, command, find_notebooks
 from llmlab.lab.redraw import FIGURES, redraw, roofline
+from llmlab.lab.report import report
 from llmlab.lab.report.pages import sanitized, write_challenge_page
-from llmlab.lab.report.report import check_parameters, command, find_notebooks, report
 from llmlab.measure.record import Record
 
 
@@ -82,7 +83,8 @@ def test_notebooks_become_pages_and_a_failure_stops_nothing(home):
 BUSY = """
 import subprocess, sys
 # Its last words when the kernel is interrupted would be its own.
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stderr=subprocess.DEVNULL)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stderr=subprocess.DEVNULL,
+    start_new_session=True)  # out of reach of a signal to the notebook's own session
 print(child.pid, file=open(place, "w"), flush=True)
 child.wait()
 """

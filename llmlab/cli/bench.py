@@ -28,7 +28,7 @@ def challenge(
     check_outputs(json_file)
     from llmlab.bench.challenge import FULL_SET
     from llmlab.bench.challenge import challenge as run
-    from llmlab.lab.report.report import write_challenge_page
+    from llmlab.lab.report.pages import write_challenge_page
     from llmlab.measure.record import append, describe
 
     folder = check_writable(output or home() / "report")

@@ -19,7 +19,7 @@ from llmlab.cli.terminal import check_file, console, write_json
 if TYPE_CHECKING:
     import pandas as pd
 
-    from llmlab.lab.report.report import Run
+    from llmlab.lab.report import Run
 
 COLOURS = {"finished": "", "failed": "red", "interrupted": "yellow", "waiting": "dim"}
 METRICS = 4  # columns of the sweep's table; --json has all
@@ -37,7 +37,7 @@ def report(
     """Run notebooks with papermill and render them to HTML with an index page. Status 1 if a notebook failed."""
     check_file(json_file)
     try:
-        from llmlab.lab.report import report as lab
+        from llmlab.lab import report as lab
     except ModuleNotFoundError as error:
         raise InputError(f"the report needs the package {error.name}: run pip install 'llmlab[demo]'.") from None
 
@@ -87,7 +87,7 @@ def sweep(
     """
     check_file(json_file)
     try:
-        from llmlab.lab.sweep import sweep as lab
+        from llmlab.lab import sweep as lab
     except ModuleNotFoundError as error:
         raise InputError(f"the sweep needs the package {error.name}: run pip install 'llmlab[demo]'.") from None
 
