@@ -13,6 +13,7 @@ import psutil
 import pytest
 from bs4 import BeautifulSoup
 from conftest import CHECKOUT
+from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from llmlab import InputError
@@ -115,6 +116,12 @@ def test_an_interrupted_report_says_so_in_one_line_and_leaves_no_process(home, s
     assert not alive
     index = (home / "report" / "index.html").read_text()
     assert "About 00_fine" in index and "About 01_busy" not in index
+
+
+def test_two_reports_do_not_share_a_folder(home):
+    (home / "report").mkdir()
+    with FileLock(home / "report" / ".lock"), pytest.raises(InputError, match="another report is at work"):
+        report([write(home / "notebooks", "00_fine", "x")], output=home / "report")
 
 
 def test_parameters_are_held_against_the_cell(home):

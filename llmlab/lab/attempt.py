@@ -29,7 +29,7 @@ from llmlab.base.paths import atomic
 
 ATTEMPTS = ".attempts"  # the folder beside the places of jobs in which attempts work
 MARK = "LLMLAB_ATTEMPT"  # in the environment of every process of an attempt: its folder
-POLL = 0.1  # seconds between two looks at a job
+POLL = 0.2  # seconds between two looks at a job
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Outcome:
         """From the run.json of a folder; "waiting" without one."""
         file = folder / "run.json"
         content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"status": "waiting"}
-        return cls(**{name: content.get(name) for name in cls.__dataclass_fields__})
+        return cls(content["status"], content.get("seconds"), content.get("error"), content.get("traceback"))
 
     def write(self, folder: Path, parameters: Mapping[str, object]) -> None:
         """Write the run.json of an attempt, whole or not at all."""
@@ -97,7 +97,7 @@ class Job:
 class Attempt:
     """A job under way: `poll` it until it says how the job stands, `end` it to stop it."""
 
-    def __init__(self, job: Job, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, job: Job, environment: dict[str, str] | None = None) -> None:
         """Start it, with variables beside this process's own."""
         self.job = job
         self.work = job.place.parent / ATTEMPTS / f"{job.id}-{uuid.uuid4().hex[:8]}"
@@ -195,7 +195,8 @@ def settle(work: Path, place: Path) -> bool:
 
 def processes(work: Path) -> list[psutil.Process]:
     """Every other process of an attempt, or of all attempts in a folder, whatever session it went to."""
-    return [process for process in psutil.process_iter() if _belongs(process, work)]
+    marks = {process: (process.info["environ"] or {}).get(MARK, "/") for process in psutil.process_iter(["environ"])}
+    return [p for p, mark in marks.items() if Path(mark).is_relative_to(work) and p.pid != os.getpid()]
 
 
 def end_processes(work: Path) -> None:
@@ -208,14 +209,6 @@ def end_processes(work: Path) -> None:
         if not running:
             return
         psutil.wait_procs(running, timeout=1)
-
-
-def _belongs(process: psutil.Process, work: Path) -> bool:
-    try:
-        mark = process.environ().get(MARK)
-        return mark is not None and process.pid != os.getpid() and Path(mark).is_relative_to(work)
-    except (psutil.Error, OSError):  # gone, a zombie, or someone else's
-        return False
 
 
 def _resident_bytes(process: psutil.Process) -> int:

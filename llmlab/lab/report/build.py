@@ -35,7 +35,7 @@ def report(
     Args:
         notebooks: from `find_notebooks`; they run in their own folder.
         output: the report's folder; executed copies go to `output`/notebooks.
-        parameters: values for every one of the notebooks; each must have a parameter of each name.
+        parameters: JSON values for every one of the notebooks, which must have a parameter of each name.
         pdf: print every page to a PDF beside it as well.
         on_start, on_end: called around each notebook.
 
@@ -66,15 +66,15 @@ def report(
             try:
                 run = run_notebook(notebook, output, parameters)
             except KeyboardInterrupt:
-                raise Interrupted(
-                    f"interrupted in {notebook.stem} after {time.perf_counter() - started:.0f} s; "
-                    f"{len(runs)} of {len(notebooks)} notebooks are in {write()}."
-                ) from None
+                where = f"{notebook.stem} after {time.perf_counter() - started:.0f} s"
+                finished = f"{len(runs)} of {len(notebooks)} notebooks are in {write()}"
+                raise Interrupted(f"interrupted in {where}; {finished}.") from None
             runs.append(run)
             on_end(run)
-        pages = [write(), *(output / run.page for run in runs if run.page)]
-        for page in pages if chromium else []:
-            write_pdf(chromium, page)
+        index = write()
+        if chromium:
+            for page in [index, *(output / run.page for run in runs if run.page)]:
+                write_pdf(chromium, page)
     return runs
 
 
@@ -91,7 +91,7 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, object])
             file.write_text(render(content, name), encoding="utf-8")
         executed.replace(output / "notebooks" / notebook.name)
     figures = sorted(figure.stem for figure in drawn.glob("*.png"))
-    if figures:
+    if drawn.exists():
         shutil.copytree(drawn, output / "figures", dirs_exist_ok=True, copy_function=shutil.move)
     shutil.rmtree(place, ignore_errors=True)
     seconds, again, records = outcome.seconds or 0.0, command([notebook], parameters), read_records()[recorded:]
