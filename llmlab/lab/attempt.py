@@ -51,8 +51,10 @@ class Outcome:
     def read(cls, folder: Path) -> Outcome:
         """From the run.json of a folder; "waiting" without one."""
         file = folder / "run.json"
-        content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"status": "waiting"}
-        return cls(content["status"], content.get("seconds"), content.get("error"), content.get("traceback"))
+        if not file.exists():
+            return cls("waiting")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return cls(content["status"], content["seconds"], content["error"], content["traceback"])
 
     def write(self, folder: Path, parameters: Mapping[str, object]) -> None:
         """Write the run.json of an attempt, whole or not at all."""

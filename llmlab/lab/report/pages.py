@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ ATTRIBUTES = {"*": ["align", "class", "id", "style", "title"], "a": ["href"], "i
 PROTOCOLS = ("http", "https", "mailto", "data")  # data: embedded images; browsers open no page from such a link
 
 # No JavaScript and no widget: a report is read, and an output's static twin says the same.
-PRIORITY = ("text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain")
+PRIORITY = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,9 @@ def render(content: NotebookNode, name: str) -> str:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.html)", cell.source)
     content.metadata.pop("widgets", None)  # their state would only be carried along
+    config = Config({"NbConvertBase": {"display_data_priority": PRIORITY}})
     exporter = HTMLExporter(
-        template_name="llmlab",
-        extra_template_basedirs=[str(TEMPLATES)],
-        embed_images=True,
-        config=Config({"NbConvertBase": {"display_data_priority": list(PRIORITY)}}),
+        template_name="llmlab", extra_template_basedirs=[str(TEMPLATES)], embed_images=True, config=config
     )
 
     @jinja2.pass_context
@@ -135,7 +134,7 @@ def write_index(runs: Sequence[Run], output: Path, *, seconds: float, command: s
         machine=hardware(),
         energy=energy(),
         commit=git_commit(),
-        libraries=versions(("torch", "transformers", "numpy", "papermill", "nbconvert")),
+        libraries={"python": platform.python_version()} | versions(("torch", "transformers", "numpy", "papermill", "nbconvert")),
         time=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         command=command,
     )

@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 from llmlab.base.errors import InputError
@@ -43,7 +44,7 @@ def on_ray(plan: Grid, address: str | None) -> Executor:
 
 def _run(plan: Grid, address: str | None, jobs: Sequence[Job], done: Done) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray: Any = importlib.import_module("ray")
+    ray = importlib.import_module("ray")
     ours = not ray.is_initialized()
     if ours:
         local = {"num_cpus": usable_cores(), "num_gpus": len(usable(nvidia())), "object_store_memory": OBJECTS}
@@ -69,11 +70,11 @@ def _run(plan: Grid, address: str | None, jobs: Sequence[Job], done: Done) -> No
 
 
 def _attempt(job: Job, cores: int) -> Outcome:
-    ray: Any = importlib.import_module("ray")
+    ray = importlib.import_module("ray")
     return Attempt(job, environment(cores, ray.get_runtime_context().get_accelerator_ids()["GPU"])).wait()
 
 
-def _outcome(ray: Any, reference: object, job: Job) -> Outcome:
+def _outcome(ray: ModuleType, reference: object, job: Job) -> Outcome:
     try:
         outcome: Outcome = ray.get(reference)
     except ray.exceptions.RayError as error:
