@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # "import X as X" makes X public: type checkers read these li
     from llmlab.decoding.self_draft import SelfDraft as SelfDraft
     from llmlab.jobs.over_ranks import ranks as ranks
     from llmlab.jobs.own_draft import self_4bit as self_4bit
-    from llmlab.lab.sweep.sweep import sweep as sweep
+    from llmlab.lab.sweep import sweep as sweep
     from llmlab.measure.record import Measurement as Measurement
     from llmlab.measure.record import Record, Result
     from llmlab.measure.record import records as records

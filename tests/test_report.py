@@ -13,14 +13,16 @@ import psutil
 import pytest
 from bs4 import BeautifulSoup
 from conftest import CHECKOUT
+from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import llmlab
 from llmlab import InputError
 from llmlab.bench.challenge import Submission
+from llmlab.lab.notebooks import check_parameters, command, find_notebooks
 from llmlab.lab.redraw import FIGURES, redraw, roofline
+from llmlab.lab.report import report
 from llmlab.lab.report.pages import sanitized, write_challenge_page
-from llmlab.lab.report.report import check_parameters, command, find_notebooks, report
 from llmlab.measure.record import Record
 
 
@@ -83,7 +85,8 @@ def test_notebooks_become_pages_and_a_failure_stops_nothing(home):
 BUSY = """
 import subprocess, sys
 # Its last words when the kernel is interrupted would be its own.
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stderr=subprocess.DEVNULL)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stderr=subprocess.DEVNULL,
+    start_new_session=True)  # out of reach of a signal to the notebook's own session
 print(child.pid, file=open(place, "w"), flush=True)
 child.wait()
 """
@@ -114,6 +117,12 @@ def test_an_interrupted_report_says_so_in_one_line_and_leaves_no_process(home, s
     assert not alive
     index = (home / "report" / "index.html").read_text()
     assert "About 00_fine" in index and "About 01_busy" not in index
+
+
+def test_two_reports_do_not_share_a_folder(home):
+    (home / "report").mkdir()
+    with FileLock(home / "report" / ".lock"), pytest.raises(InputError, match="another report is at work"):
+        report([write(home / "notebooks", "00_fine", "x")], output=home / "report")
 
 
 def test_parameters_are_held_against_the_cell(home):

@@ -18,10 +18,10 @@ from nbformat.v4 import new_code_cell, new_notebook
 import llmlab
 from llmlab import InputError
 from llmlab.cli.main import main
+from llmlab.lab.attempt import ATTEMPTS, MARK
+from llmlab.lab.sweep import status, sweep
 from llmlab.lab.sweep.grid import read_grid
 from llmlab.lab.sweep.on_ray import check_capacity
-from llmlab.lab.sweep.run import ATTEMPTS, MARK
-from llmlab.lab.sweep.sweep import status, sweep
 from llmlab.measure.record import merge, read_records, runs_file
 
 pytestmark = pytest.mark.slow
@@ -314,7 +314,7 @@ def test_a_sweep_killed_at_five_moments_loses_nothing_and_repeats_nothing(home, 
             assert gone(out)  # the runs end with their sweep
             process = start()
         else:
-            workers = [p for p in marked(out) if "llmlab.lab.sweep.run" in p.cmdline()]
+            workers = [p for p in marked(out) if "llmlab.lab.execute" in p.cmdline()]
             kills.append(bool(workers))
             workers[0].kill()
     process.join(120)
@@ -349,11 +349,11 @@ def test_local_and_ray_give_the_same_records(home, monkeypatch):
 
 def test_a_run_that_fits_on_no_node_of_a_ray_cluster_is_refused(home):
     grid = {"notebook": write(home / "n.ipynb", "x"), "grid": {"x": [1]}, "cores": 3, "gpus": 1}
-    [run] = read_grid(grid).runs(home)
+    plan = read_grid(grid)
     nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 8.0}}]
     with pytest.raises(InputError, match=r"a run needs 3 cores and 1 GPUs, Ray's largest node has 2 and 0"):
-        check_capacity(nodes, run)
-    check_capacity([*nodes, {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}], run)
+        check_capacity(nodes, plan)
+    check_capacity([*nodes, {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}], plan)
 
 
 def test_records_are_merged_once(home):

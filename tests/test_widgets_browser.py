@@ -16,7 +16,7 @@ import pytest
 from conftest import CHECKOUT
 from nbformat.v4 import new_code_cell, new_notebook
 
-from llmlab.lab.report.report import render
+from llmlab.lab.report.pages import render
 
 pytestmark = pytest.mark.slow
 

@@ -27,7 +27,7 @@ def challenge(
     """The 2023 challenge's job: the whole set, both timings, accuracy, a record and a one-page report."""
     from llmlab.bench.challenge import challenge as run
     from llmlab.data import FULL_SET
-    from llmlab.lab.report.report import write_challenge_page
+    from llmlab.lab.report.pages import write_challenge_page
 
     folder = check_writable(output or home() / "report")
     if limit is not None and limit < 1:

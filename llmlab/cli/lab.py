@@ -17,7 +17,7 @@ from llmlab.cli.options import Payload
 from llmlab.cli.terminal import console, make_table, print_line
 
 if TYPE_CHECKING:
-    from llmlab.lab.report.report import Run
+    from llmlab.lab.report import Run
 
 COLOURS = {"finished": "", "failed": "red", "interrupted": "yellow", "waiting": "dim"}
 METRICS = 4  # columns of the sweep's table; --json has all
@@ -33,7 +33,7 @@ def report(
 ) -> Payload:
     """Run notebooks with papermill and render them to HTML with an index page. Status 1 if a notebook failed."""
     with _demo_packages("report"):
-        from llmlab.lab.report import report as lab
+        from llmlab.lab import report as lab
 
     values = dict(map(_name_and_value, parameter or []))
     chosen = lab.find_notebooks(notebooks or [])
@@ -77,7 +77,7 @@ def sweep(
     `exclude`, `fixed`, and for each run `timeout` (seconds), `memory` (4GiB), `cores` and `gpus`.
     """
     with _demo_packages("sweep"):
-        from llmlab.lab.sweep import sweep as lab
+        from llmlab.lab import sweep as lab
 
     if dry_run:
         frame = lab.status(grid, output=output)

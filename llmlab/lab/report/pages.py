@@ -11,25 +11,25 @@ import datetime
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import bleach  # type: ignore[import-untyped]  # has no types
 import jinja2
 from bleach.css_sanitizer import CSSSanitizer  # type: ignore[import-untyped]  # as above
+from jinja2.runtime import Context
 from nbconvert import HTMLExporter
+from nbformat import NotebookNode
 from PIL import Image
 from traitlets.config import Config
 
-from llmlab.bench.challenge import Submission
-from llmlab.measure.environment import cpu_name, energy, git_commit, gpus, hardware, versions
-from llmlab.measure.record import Record
 from llmlab.base.paths import PACKAGE, atomic
 from llmlab.base.stats import Metric
+from llmlab.bench.challenge import Submission
 from llmlab.lab.leaderboard import BOARD
-
-if TYPE_CHECKING:
-    from llmlab.lab.report.report import Run
+from llmlab.measure.environment import energy, git_commit, hardware, versions
+from llmlab.measure.record import Record
 
 TEMPLATES = PACKAGE / "lab" / "report" / "templates"
 SHOWN_METRICS = 5  # of each record; the ones with an interval come first
@@ -44,31 +44,62 @@ ATTRIBUTES = {"*": ["align", "class", "id", "style", "title"], "a": ["href"], "i
 PROTOCOLS = ("http", "https", "mailto", "data")  # data: embedded images; browsers open no page from such a link
 
 # No JavaScript and no widget: a report is read, and an output's static twin says the same.
-PRIORITY = ("text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain")
+PRIORITY = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
 
 
-def render(content: Any, name: str, title: str | None = None) -> str:
+@dataclass(frozen=True)
+class Run:
+    """One executed notebook.
+
+    Attributes:
+        name, title: its file name without suffix and its first heading.
+        seconds: that it ran.
+        command: runs it again, alone, with the same parameters.
+        page: its HTML beside the index, if it came so far; error: one line if it failed.
+        figures, records: names of the figures that it drew, and the records that were written while it ran.
+    """
+
+    name: str
+    title: str
+    seconds: float
+    command: str
+    parameters: dict[str, object]
+    page: str | None
+    error: str | None
+    figures: list[str]
+    records: list[dict[str, Any]]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a cell raised or the kernel died."""
+        return self.error is not None
+
+
+def title(content: NotebookNode, name: str) -> str:
+    """A notebook's first heading, or its name."""
+    lines = [cell.source.splitlines()[0] for cell in content.cells if cell.cell_type == "markdown" and cell.source]
+    return next((str(line.removeprefix("# ")) for line in lines if line.startswith("# ")), name)
+
+
+def render(content: NotebookNode, name: str) -> str:
     """A notebook as one HTML page that asks nothing of the network and runs nothing.
 
     Args:
         content: the notebook, from nbformat; its links to other notebooks become links to their pages.
         name: its file name without suffix.
-        title: of the page; by default the name.
     """
+    content.metadata["title"] = title(content, name)
     for cell in content.cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.html)", cell.source)
     content.metadata.pop("widgets", None)  # their state would only be carried along
-    content.metadata["title"] = title or name
+    config = Config({"NbConvertBase": {"display_data_priority": PRIORITY}})
     exporter = HTMLExporter(
-        template_name="llmlab",
-        extra_template_basedirs=[str(TEMPLATES)],
-        embed_images=True,
-        config=Config({"NbConvertBase": {"display_data_priority": list(PRIORITY)}}),
+        template_name="llmlab", extra_template_basedirs=[str(TEMPLATES)], embed_images=True, config=config
     )
 
     @jinja2.pass_context
-    def markdown2html(context: Any, source: str) -> str:
+    def markdown2html(context: Context, source: str) -> str:
         return sanitized(exporter.markdown2html(context, source))
 
     exporter.register_filter("markdown2html", markdown2html)
@@ -78,17 +109,14 @@ def render(content: Any, name: str, title: str | None = None) -> str:
 
 def sanitized(html: str) -> str:
     """HTML with what is not on the list (`TAGS`, `ATTRIBUTES`, `PROTOCOLS`) turned into text or dropped."""
-    cleaned = bleach.clean(
-        html, tags=TAGS, attributes=ATTRIBUTES, protocols=PROTOCOLS, css_sanitizer=CSSSanitizer(), strip_comments=True
-    )
-    return str(cleaned)
+    styles = CSSSanitizer()
+    return str(bleach.clean(html, tags=TAGS, attributes=ATTRIBUTES, protocols=PROTOCOLS, css_sanitizer=styles))
 
 
-def write_page(output: Path, template: str, **values: Any) -> Path:
+def write_page(output: Path, template: str, **values: object) -> Path:
     """Render `template`.html.j2 into `output`/`template`.html, whole or not at all; every value is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.get_template(f"{template}.html.j2").render(**values)
     with atomic(output / f"{template}.html") as path:
         path.write_text(page, encoding="utf-8")
@@ -104,7 +132,11 @@ def write_index(runs: Sequence[Run], output: Path, *, seconds: float, command: s
         seconds=seconds,
         figures=_figures(runs, output),
         records=[(run, record, main_metrics(record["metrics"])) for run in runs for record in run.records],
-        environment=environment_rows(),
+        machine=hardware(),
+        energy=energy(),
+        commit=git_commit(),
+        libraries={"python": platform.python_version()}
+        | versions(("torch", "transformers", "numpy", "papermill", "nbconvert")),
         time=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         command=command,
     )
@@ -117,39 +149,20 @@ def write_challenge_page(submission: Submission, record: Record, output: Path) -
 
 def main_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Names and values of a record's first metrics, those with an interval before the others."""
-    found = {name: Metric(**metric) for name, metric in metrics.items()}
-    order = sorted(found, key=lambda name: found[name].low is None)
-    return [(name, str(found[name])) for name in order[:SHOWN_METRICS]]
+    read = [(name, Metric(**metric)) for name, metric in metrics.items()]
+    read.sort(key=lambda pair: pair[1].low is None)
+    return [(name, str(metric)) for name, metric in read[:SHOWN_METRICS]]
 
 
-def environment_rows() -> list[tuple[str, str]]:
-    """What the report was made on, as rows for people."""
-    machine = hardware()
-    cards = ", ".join(f"{gpu['name']} ({gpu['memory'] / 2**30:.0f} GiB)" for gpu in gpus()) or "none"
-    rows = [
-        ("processor", f"{cpu_name()}, {machine['cores']} cores, {machine['cpu_capability']}"),
-        ("memory", f"{machine['memory'] / 2**30:.1f} GiB"),
-        ("GPUs", cards),
-        *((device, why if usable else f"not measured here: {why}") for device, usable, why in energy()),
-        ("system", machine["system"]),
-        ("llmlab commit", git_commit() or "not a checkout"),
-        ("python", platform.python_version()),
-    ]
-    return rows + list(versions(("torch", "transformers", "numpy", "papermill", "nbconvert")).items())
-
-
-def _figures(runs: Sequence[Run], output: Path) -> list[dict[str, Any]]:
-    """The figures of the runs, which drew them into `output`/figures, each with the run that drew it last."""
-    drawn = {name: run for run in runs for name in run.figures}
-    found = []
-    for name, run in sorted(drawn.items()):
+def _figures(runs: Sequence[Run], output: Path) -> list[dict[str, object]]:
+    """The figures of the runs, which are in `output`/figures, each with the run that drew it last."""
+    figures = []
+    for name, run in sorted({name: run for run in runs for name in run.figures}.items()):
         png = output / "figures" / f"{name}.png"
-        if not png.exists():  # a later notebook took it away
-            continue
         with Image.open(png) as image:
             alt = str(image.info.get("Description", name))
         files = [file for file in (png, png.with_suffix(".svg")) if file.exists()]
-        data = base64.b64encode(png.read_bytes()).decode()
         links = [(file.suffix[1:].upper(), f"figures/{file.name}") for file in files]
-        found.append({"name": name, "alt": alt, "data": f"data:image/png;base64,{data}", "files": links, "run": run})
-    return found
+        data = f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
+        figures.append({"name": name, "alt": alt, "data": data, "files": links, "run": run})
+    return figures

@@ -22,8 +22,8 @@ TIMEOUT = 120  # seconds for one page
 def find_chromium() -> str:
     """The path of an installed Chromium, Chrome or Edge. Raises InputError if there is none."""
     for name in BROWSERS:
-        if found := shutil.which(name):
-            return found
+        if path := shutil.which(name):
+            return path
     raise InputError("a PDF needs Chromium or Chrome, and none is on the PATH: install one, or leave --pdf out.")
 
 

@@ -15,20 +15,22 @@ import yaml
 
 from llmlab.base.errors import InputError
 from llmlab.base.paths import PACKAGE, home
-from llmlab.lab.report.report import check_parameters, find_notebooks
-from llmlab.lab.sweep.run import Run
+from llmlab.lab.attempt import Job
+from llmlab.lab.notebooks import check_parameters, find_notebooks
 from llmlab.sharding.plan import parse_bytes
 
 KEYS = ("notebook", "grid", "list", "exclude", "fixed", "timeout", "memory", "cores", "gpus")
+Content = Mapping[str, Any]  # of a grid before it is checked
+Parameters = dict[str, object]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A notebook, the parameters of its runs, and what each run may use (see `Run`)."""
+    """A notebook, the parameters of its runs, and what each run may use: threads are set to `cores`, see `Job`."""
 
     name: str
     notebook: Path
-    combinations: list[dict[str, Any]]
+    combinations: list[Parameters]
     cores: int
     gpus: int
     timeout: float | None
@@ -38,32 +40,25 @@ class Grid:
     def varying(self) -> list[str]:
         """Parameters that are not the same in all runs."""
         names = dict.fromkeys(name for combination in self.combinations for name in combination)
-        return [n for n in names if len({_canonical(c.get(n, KeyError)) for c in self.combinations}) > 1]
+        values = {name: {_canonical([c[name]]) if name in c else "" for c in self.combinations} for name in names}
+        return [name for name in names if len(values[name]) > 1]
 
     def folder(self, output: str | Path | None = None) -> Path:
         """Where the results go: `output`, by default data/runs/sweeps/NAME."""
         return Path(output or home() / "data" / "runs" / "sweeps" / self.name).expanduser().resolve()
 
-    def runs(self, output: Path) -> list[Run]:
-        """One run a combination. Its id holds the notebook's source, the parameters and the code of llmlab."""
-        cells = [(cell.cell_type, cell.source) for cell in self.source().cells]
-        content = _hash(_canonical(cells))
-        copy = output / f"{self.notebook.stem}-{content[:12]}.ipynb"
-        code, folder = code_version(), self.notebook.resolve().parent
-        how = {"cores": self.cores, "gpus": self.gpus, "timeout": self.timeout, "memory": self.memory}
-        runs = {}
-        for parameters in self.combinations:
-            id = _hash(_canonical([content, parameters, code]))[:16]
-            runs[id] = Run(id, copy, folder, output, parameters, **how)  # type: ignore[arg-type]  # by name, above
-        return list(runs.values())
+    def runs(self, output: Path) -> list[Job]:
+        """One job a combination, on a copy of the notebook in `output` that no edit changes.
 
-    def source(self) -> Any:
-        """The notebook without its outputs."""
-        notebook = nbformat.read(self.notebook, as_version=4)
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
-        return notebook
+        Its id is a hash of the notebook's source, the parameters and the code of llmlab.
+        """
+        source = _hash([(cell.cell_type, cell.source) for cell in nbformat.read(self.notebook, as_version=4).cells])
+        copy, folder = output / f"{self.notebook.stem}-{source[:12]}.ipynb", self.notebook.resolve().parent
+        code, jobs = code_version(), {}
+        for parameters in self.combinations:
+            id = _hash([source, parameters, code])[:16]
+            jobs[id] = Job(copy, parameters, output / id, folder, True, self.timeout, self.memory)
+        return list(jobs.values())
 
 
 def code_version() -> str:
@@ -74,7 +69,7 @@ def code_version() -> str:
     return digest.hexdigest()
 
 
-def read_grid(grid: str | Path | Mapping[str, Any]) -> Grid:
+def read_grid(grid: str | Path | Content) -> Grid:
     """Read and check a grid: a YAML file, or the same as a dictionary.
 
     Its keys: `notebook` (name, number or path), `grid` (parameter to list of values; all combinations), `list`
@@ -85,29 +80,24 @@ def read_grid(grid: str | Path | Mapping[str, Any]) -> Grid:
         InputError: an unreadable file, an unknown key, no combination, a parameter that the notebook's cell tagged
             `parameters` lacks, a value that is no JSON.
     """
-    where, base = ("the grid", Path()) if isinstance(grid, Mapping) else (str(grid), Path(grid).parent)
-    content = dict(grid) if isinstance(grid, Mapping) else _read_yaml(Path(grid))
+    file = None if isinstance(grid, Mapping) else Path(grid)
+    where, content = str(file or "the grid"), grid if isinstance(grid, Mapping) else _read_yaml(Path(grid))
     if unknown := sorted(map(str, set(content) - set(KEYS))):
         raise InputError(f"{where} has unknown keys {', '.join(unknown)}: known are {', '.join(KEYS)}.")
-    name = content.get("notebook")
-    if name is None:
-        raise InputError(f"{where} names no notebook: write notebook: 00_start_here, for example.")
-    name = f"{name:02d}" if isinstance(name, int) else str(name)  # YAML reads 00 as a number
-    beside = base / name
-    notebook = beside if beside.suffix == ".ipynb" and beside.is_file() else find_notebooks([name])[0]
+    notebook = _notebook(content.get("notebook"), file.parent if file else Path(), where)
     combinations, excluded = _combinations(content, where), _dictionaries(content, "exclude", where)
-    names = {name: None for each in [*combinations, *excluded] for name in each}
+    names = dict.fromkeys(name for parameters in [*combinations, *excluded] for name in parameters)
     if odd := [name for name in names if not isinstance(name, str)]:
         raise InputError(f"{where} has a parameter {odd[0]!r}: a parameter's name is text; put it in quotes.")
     check_parameters(notebook, names)
-    kept = [c for c in combinations if not any(_agrees(c, each) for each in excluded)]
+    kept = {_canonical(c): c for c in combinations if not any(_agrees(c, partial) for partial in excluded)}
     if not kept:
         raise InputError(f"{where} holds no combination of parameters: give `grid` or `list`, and exclude fewer.")
     memory = content.get("memory")
     return Grid(
-        name=notebook.stem if isinstance(grid, Mapping) else Path(grid).stem,
+        name=file.stem if file else notebook.stem,
         notebook=notebook,
-        combinations=list({_canonical(c): c for c in kept}.values()),
+        combinations=list(kept.values()),
         cores=_whole(content.get("cores", 1), 1, "cores"),
         gpus=_whole(content.get("gpus", 0), 0, "gpus"),
         timeout=_timeout(content.get("timeout")),
@@ -115,12 +105,13 @@ def read_grid(grid: str | Path | Mapping[str, Any]) -> Grid:
     )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> Content:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise InputError(f"cannot read the grid {path} ({reason}): give a YAML file.") from None
+    except UnicodeError:
+        raise InputError(f"cannot read the grid {path} (it is no UTF-8 text): give a YAML file.") from None
+    except OSError as error:
+        raise InputError(f"cannot read the grid {path} ({error.strerror}): give a YAML file.") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
@@ -128,7 +119,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _combinations(content: dict[str, Any], where: str) -> list[dict[str, Any]]:
+def _notebook(name: str | int | None, base: Path, where: str) -> Path:
+    if name is None:
+        raise InputError(f"{where} names no notebook: write notebook: 00_start_here, for example.")
+    name = f"{name:02d}" if isinstance(name, int) else str(name)  # YAML reads 00 as a number
+    beside = base / name
+    return beside if beside.suffix == ".ipynb" and beside.is_file() else find_notebooks([name])[0]
+
+
+def _combinations(content: Content, where: str) -> list[Parameters]:
     grid, fixed = content.get("grid") or {}, content.get("fixed") or {}
     for key, value in (("grid", grid), ("fixed", fixed)):
         if not isinstance(value, dict):
@@ -137,47 +136,42 @@ def _combinations(content: dict[str, Any], where: str) -> list[dict[str, Any]]:
         if not isinstance(values, list) or not values:
             raise InputError(f"`grid` of {where}: {name} needs a list of values such as [1, 2], got {values!r}.")
     product = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())] if grid else []
-    found = product + _dictionaries(content, "list", where)
-    for combination in found:
-        if twice := sorted(map(str, set(fixed) & set(combination))):
-            raise InputError(f"{where}: {', '.join(twice)} is both fixed and varied: remove one of the two.")
-        for name, value in (fixed | combination).items():
-            _check_value(name, value, where)
-    return [fixed | combination for combination in found]
+    varied = product + _dictionaries(content, "list", where)
+    if twice := sorted({str(name) for combination in varied for name in combination if name in fixed}):
+        raise InputError(f"{where}: {', '.join(twice)} is both fixed and varied: remove one of the two.")
+    combinations = [fixed | combination for combination in varied]
+    for name, value in (item for combination in combinations for item in combination.items()):
+        try:
+            _canonical(value)
+        except (TypeError, ValueError):
+            said = f"{name} of {where} has the value {value!r}"
+            raise InputError(f"{said}: a parameter is a number, text, true, false, null or a list of these.") from None
+    return combinations
 
 
-def _dictionaries(content: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]:
-    found = content.get(key) or []
-    if not isinstance(found, list) or not all(isinstance(each, dict) and each for each in found):
+def _dictionaries(content: Content, key: str, where: str) -> list[Parameters]:
+    listed = content.get(key) or []
+    if not isinstance(listed, list) or not all(isinstance(item, dict) and item for item in listed):
         raise InputError(f"`{key}` of {where} is no list of parameters: write - {{name: value}}, one a line.")
-    return found
+    return listed
 
 
-def _check_value(name: Any, value: Any, where: str) -> None:
-    try:
-        _canonical(value)
-    except (TypeError, ValueError):
-        value_of = f"{name} of {where} has the value {value!r}"
-        raise InputError(f"{value_of}: a parameter is a number, text, true, false, null or a list of these.") from None
-
-
-def _agrees(combination: dict[str, Any], partial: dict[str, Any]) -> bool:
+def _agrees(combination: Parameters, partial: Parameters) -> bool:
     """Whether all that `partial` says holds; 1 and 1.0 are equal, 1 and true are not."""
-    return all(
-        name in combination
-        and combination[name] == value
-        and isinstance(combination[name], bool) == isinstance(value, bool)
-        for name, value in partial.items()
-    )
+
+    def same(a: object, b: object) -> bool:
+        return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+    return all(name in combination and same(combination[name], value) for name, value in partial.items())
 
 
-def _whole(value: Any, least: int, what: str) -> int:
+def _whole(value: object, least: int, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{what} {value!r}: give a whole number, at least {least}.")
     return value
 
 
-def _timeout(value: Any) -> float | None:
+def _timeout(value: object) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
@@ -185,9 +179,9 @@ def _timeout(value: Any) -> float | None:
     return float(value)
 
 
-def _canonical(value: Any) -> str:
-    return "" if value is KeyError else json.dumps(value, sort_keys=True, allow_nan=False)
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _hash(value: object) -> str:
+    return hashlib.sha256(_canonical(value).encode()).hexdigest()

@@ -6,5 +6,3 @@ from llmlab.lab.widgets.steps import step_viewer as step_viewer
 from llmlab.lab.widgets.tradeoffs import tradeoff_explorer as tradeoff_explorer
 from llmlab.lab.widgets.tries import trie_viewer as trie_viewer
 from llmlab.lab.widgets.view import View as View
-
-__all__ = ["View", "pareto", "plan_explorer", "step_viewer", "tradeoff_explorer", "trie_viewer"]

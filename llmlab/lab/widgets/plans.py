@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from html import escape
-from typing import Any
 
 import ipywidgets
 from matplotlib.figure import Figure
 
 from llmlab.lab.figures import sharding
 from llmlab.lab.widgets.svg import inline
-from llmlab.lab.widgets.view import DESCRIBED, WIDE, Twin, View
+from llmlab.lab.widgets.view import Twin, View, dropdown, slider
 from llmlab.model.card import ModelCard
 from llmlab.model.load import model_card
 from llmlab.sharding.plan import BITS, Plan, plan
@@ -21,7 +20,7 @@ from llmlab.sharding.predict import DEVICES
 MODELS = ("llama-30b", "llama-7b", "llama-13b", "llama-65b", "opt-6.7b", "opt-30b", "opt-66b")
 OWN = "as built"
 MEMORY = (OWN, "8GiB", "16GiB", "24GiB", "32GiB", "40GiB", "48GiB", "80GiB", "141GB")
-WORKLOADS = {"all of HellaSwag": "hellaswag", "one token": "decode"}
+WORKLOADS = {"hellaswag": "all of HellaSwag", "decode": "one token"}
 
 
 def plan_explorer(models: Sequence[str | ModelCard] = MODELS, *, name: str = "plan") -> View:
@@ -36,54 +35,47 @@ def plan_explorer(models: Sequence[str | ModelCard] = MODELS, *, name: str = "pl
     Raises InputError for an unknown model.
     """
     cards = {model if isinstance(model, str) else model.name: model for model in models}
-    first = next(iter(cards))
 
     @cache
-    def card_of(name: str) -> ModelCard:
-        given = cards[name]
-        return model_card(given) if isinstance(given, str) else given
+    def card(name: str) -> ModelCard:
+        model = cards[name]
+        return model_card(model) if isinstance(model, str) else model
 
-    def make() -> dict[str, Any]:
+    def make() -> dict[str, ipywidgets.ValueWidget]:
         return {
-            "model": ipywidgets.Dropdown(options=list(cards), description="model", layout=WIDE),
-            "device": ipywidgets.Dropdown(
-                options=[(about["name"], key) for key, about in DEVICES.items()], description="device", layout=WIDE
-            ),
-            "memory": ipywidgets.SelectionSlider(options=MEMORY, description="memory", continuous_update=False),
-            "devices": ipywidgets.IntSlider(4, 1, 8, description="devices", continuous_update=False),
-            "bits": ipywidgets.SelectionSlider(options=BITS, description="bits", continuous_update=False),
-            "workload": ipywidgets.Dropdown(options=list(WORKLOADS.items()), description="time for", style=DESCRIBED),
+            "model": dropdown("model", cards),
+            "device": dropdown("device", ((about["name"], key) for key, about in DEVICES.items())),
+            "memory": slider("memory", MEMORY),
+            "devices": slider("devices", range(1, 9), value=4),
+            "bits": slider("bits", BITS),
+            "workload": dropdown("time for", ((job, key) for key, job in WORKLOADS.items())),
         }
 
     def planned(model: str, device: str, memory: str, devices: int, bits: int, workload: str) -> Plan:
-        return plan(
-            card_of(model), devices=devices, memory=None if memory == OWN else memory, bits=bits, device=device,
-            workload=workload,
-        )  # fmt: skip
+        limit = None if memory == OWN else memory
+        return plan(card(model), devices=devices, memory=limit, bits=bits, device=device, workload=workload)
 
-    def figure(found: Plan, workload: str) -> Figure:
-        return sharding.layouts(found, title(found), next(job for job, key in WORKLOADS.items() if key == workload))
+    def draw(workload: str, **chosen: object) -> str:
+        drawn = planned(workload=workload, **chosen)  # type: ignore[arg-type]  # a value of each control's kind
+        return inline(_figure(drawn, workload), alt(drawn)) + f"<p>{escape(drawn.assumptions)}</p>"
 
-    def draw(**chosen: Any) -> str:
-        found = planned(**chosen)
-        return inline(figure(found, chosen["workload"]), alt(found)) + f"<p>{escape(found.assumptions)}</p>"
-
-    begin = {"device": next(iter(DEVICES)), "memory": OWN, "devices": 4, "bits": BITS[0], "workload": "hellaswag"}
-    found = planned(model=first, **begin)  # type: ignore[arg-type]  # a value of each control's kind
-    return View(make, draw, [Twin(name, alt(found), lambda: figure(found, "hellaswag"))])
+    first = planned(next(iter(cards)), next(iter(DEVICES)), OWN, 4, BITS[0], "hellaswag")
+    return View(make, draw, [Twin(name, alt(first), lambda: _figure(first, "hellaswag"))])
 
 
-def title(found: Plan) -> str:
+def _figure(shown: Plan, workload: str) -> Figure:
+    return sharding.layouts(shown, title(shown), WORKLOADS[workload])
+
+
+def title(shown: Plan) -> str:
     """What a plan comes to, in one line."""
-    fitting = [layout for layout in found.layouts if layout.fits]
-    best = f"fastest: {fitting[0].name}" if fitting else "nothing fits"
-    return f"{found.card.name}, {found.bits} bits, on {found.devices} x {found.memory / 2**30:.4g} GiB, {best}"
+    best = next((f"fastest: {layout.name}" for layout in shown.layouts if layout.fits), "nothing fits")
+    memory = f"{shown.devices} x {shown.memory / 2**30:.4g} GiB"
+    return f"{shown.card.name}, {shown.bits} bits, on {memory}, {best}"
 
 
-def alt(found: Plan) -> str:
+def alt(shown: Plan) -> str:
     """The figure of a plan in words."""
-    fitting = sum(layout.fits for layout in found.layouts)
-    return (
-        f"Memory of the fullest device by part and predicted seconds of {len(found.layouts)} layouts, of which "
-        f"{fitting} fit. {title(found)}."
-    )
+    fitting = sum(layout.fits for layout in shown.layouts)
+    drawn = f"Memory of the fullest device by part and predicted seconds of {len(shown.layouts)} layouts"
+    return f"{drawn}, of which {fitting} fit. {title(shown)}."

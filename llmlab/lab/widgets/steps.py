@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ipywidgets
 
@@ -12,6 +12,10 @@ from llmlab.decoding.result import Completion
 from llmlab.lab.figures import decoding
 from llmlab.lab.passes import Pass, read_passes
 from llmlab.lab.widgets.view import DESCRIBED, Twin, View
+from llmlab.model.lm import LM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Tints that leave the page's own ink readable, light or dark; no cue by colour alone.
 STYLES = {
@@ -27,7 +31,9 @@ TEXT = (
 )
 
 
-def step_viewer(completion: Completion, tokenizer: Any, *, name: str = "speculation_steps") -> View:
+def step_viewer(
+    completion: Completion, tokenizer: PreTrainedTokenizerBase | LM, *, name: str = "speculation_steps"
+) -> View:
     """The text as it grows: accepted tokens green, rejected ones struck out, the model's own underlined.
 
     Control: `step`, the number of the pass; 0 is the one that read the prompt. A play button moves it.
@@ -42,30 +48,25 @@ def step_viewer(completion: Completion, tokenizer: Any, *, name: str = "speculat
     passes = read_passes(completion, tokenizer)
     last = len(passes) - 1
 
-    def make() -> dict[str, Any]:
-        wide = ipywidgets.Layout(width="420px")
-        return {"step": ipywidgets.IntSlider(0, 0, last, description="pass", style=DESCRIBED, layout=wide)}
+    def make() -> dict[str, ipywidgets.ValueWidget]:
+        play = ipywidgets.Play(min=0, max=last, interval=600)
+        step = ipywidgets.IntSlider(0, 0, last, description="pass", style=DESCRIBED, layout={"width": "420px"})
+        ipywidgets.jslink((play, "value"), (step, "value"))
+        return {"play": play, "step": step}
 
-    def play(controls: dict[str, Any]) -> list[Any]:
-        button = ipywidgets.Play(min=0, max=last, interval=600)
-        ipywidgets.jslink((button, "value"), (controls["step"], "value"))
-        return [button]
-
-    count = sum(len(one.tokens) for one in passes)
-    title = f"{count} tokens in {len(passes)} passes"
-    drafted, accepted = sum(p.drafted for p in passes), sum(len(p.accepted) for p in passes)
+    title = f"{sum(len(step.tokens) for step in passes)} tokens in {len(passes)} passes"
+    drafted, accepted = sum(step.drafted for step in passes), sum(len(step.accepted) for step in passes)
     alt = (
         f"The first passes of a completion, a row each: accepted tokens green, rejected ones struck out, the model's "
         f"own framed. In all {title}; {accepted} of {drafted} drafted tokens were accepted."
     )
     twin = Twin(name, alt, lambda: decoding.steps(passes, title))
-    return View(make, lambda step: step_html(completion.prompt, passes, step), [twin], play)
+    return View(make, lambda play, step: step_html(completion.prompt, passes, step), [twin])
 
 
 def step_html(prompt: str, passes: Sequence[Pass], step: int) -> str:
     """One pass in its text, everything escaped."""
-    now, done = passes[step], passes[: step + 1]
-    tokens = sum(len(one.tokens) for one in done)
+    now, before, tokens = passes[step], passes[:step], sum(len(done.tokens) for done in passes[: step + 1])
     if step == 0:
         what = "the model read the prompt and added its first token"
     elif not now.drafted:
@@ -74,21 +75,18 @@ def step_html(prompt: str, passes: Sequence[Pass], step: int) -> str:
         ended = "" if now.own is not None else ", where the completion ended"
         what = f"{now.source} drafted {now.drafted}, {len(now.accepted)} accepted{ended}"
     so_far = f"So far {tokens} tokens in {step + 1} passes, {tokens / (step + 1):.2f} a pass." if step else ""
-    head = f"<b>Pass {step} of {len(passes) - 1}</b>: {escape(what)}. {so_far}"
-    legend = " ".join(_span(kind, text) for kind, text in _legend(now))
-    before = "".join("".join(_span("old", t) for t in one.accepted) + escape(one.own or "") for one in passes[:step])
-    kept = "".join(_span("accepted", _visible(t)) for t in now.accepted)
-    dropped = _span("prompt", " | ").join(
+    unused = "rejected" if now.own is not None else "behind the end"
+    legend = {"accepted": "accepted", "rejected": unused, "own": "the model's own", "old": "accepted earlier"}
+    text = _span("prompt", prompt)
+    text += "".join("".join(_span("old", t) for t in done.accepted) + escape(done.own or "") for done in before)
+    text += "".join(_span("accepted", _visible(t)) for t in now.accepted)
+    text += _span("prompt", " | ").join(
         "".join(_span("rejected", _visible(t).replace("\n", "")) for t in branch) for branch in now.rejected
     )
-    own = "" if now.own is None else _span("own", _visible(now.own))
-    text = _span("prompt", prompt) + before + kept + dropped + own
-    return f'<p>{head}</p><p style="font-size: .9em">{legend}</p><div style="{TEXT}">{text}</div>'
-
-
-def _legend(now: Pass) -> list[tuple[str, str]]:
-    unused = "rejected" if now.own is not None else "behind the end"
-    return [("accepted", "accepted"), ("rejected", unused), ("own", "the model's own"), ("old", "accepted earlier")]
+    text += "" if now.own is None else _span("own", _visible(now.own))
+    head = f"<b>Pass {step} of {len(passes) - 1}</b>: {escape(what)}. {so_far}"
+    small = " ".join(_span(kind, meaning) for kind, meaning in legend.items())
+    return f'<p>{head}</p><p style="font-size: .9em">{small}</p><div style="{TEXT}">{text}</div>'
 
 
 def _span(kind: str, text: str) -> str:
@@ -96,7 +94,5 @@ def _span(kind: str, text: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """A token that would be invisible gets a sign."""
-    if not text:
-        return "◦"  # the beginning of a character
-    return text.replace("\n", "⏎\n")
+    """A token with a sign for what would be invisible; ◦ is the beginning of a character."""
+    return text.replace("\n", "⏎\n") or "◦"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import ipywidgets
 import pandas as pd
@@ -11,7 +10,7 @@ import pandas as pd
 from llmlab.base.errors import InputError
 from llmlab.lab.figures import tradeoffs as trade
 from llmlab.lab.widgets.svg import inline
-from llmlab.lab.widgets.view import DESCRIBED, WIDE, Twin, View
+from llmlab.lab.widgets.view import Twin, View, dropdown, slider
 
 FILTERS = ("task", "model", "transformation", "dtype", "device")
 QUALITY = ("acc_norm", "acc", "perplexity")
@@ -39,48 +38,40 @@ def tradeoff_explorer(
             raise InputError(f"unknown metric {metric!r}: the records have {', '.join(known) or 'none'}.")
     x, y = _first_pair(frame, known, x, y)
 
-    def make() -> dict[str, Any]:
-        controls = {
-            axis: ipywidgets.Dropdown(options=known, value=metric, description=axis, layout=WIDE)
-            for axis, metric in (("x", x), ("y", y))
-        }
-        losses = [(f"{loss * 100:g} %", loss) for loss in LOSSES]
+    def make() -> dict[str, ipywidgets.ValueWidget]:
+        controls = {"x": dropdown("x", known, value=x), "y": dropdown("y", known, value=y)}
+        losses = [*((f"{loss * 100:g} %", loss) for loss in LOSSES), ("any", math.inf)]
         for axis in ("x", "y"):
-            controls[f"{axis}_budget"] = ipywidgets.SelectionSlider(
-                options=[*losses, ("any", math.inf)], value=math.inf, description=f"{axis} worse than best by at most",
-                style=DESCRIBED, layout=ipywidgets.Layout(width="400px"),
-            )  # fmt: skip
+            controls[f"{axis}_budget"] = slider(f"{axis} worse than best by at most", losses, value=math.inf)
         for column in FILTERS:
             values = sorted(map(str, frame[column].dropna().unique())) if column in frame else []
             if len(values) > 1:
-                controls[column] = ipywidgets.Dropdown(
-                    options=["all", *values], description=column, style=DESCRIBED, layout=WIDE
-                )
+                controls[column] = dropdown(column, ["all", *values])
         return controls
 
     def draw(x: str, y: str, x_budget: float, y_budget: float, **filters: str) -> str:
         chosen = frame
         for column, value in filters.items():
             chosen = chosen if value == "all" else chosen[chosen[column].astype(str) == value]
-        records = trade.with_both(chosen, x, y)
-        losses = {m: loss for m, loss in ((x, x_budget), (y, y_budget)) if loss < math.inf}
-        budgets = {metric: trade.worst_allowed(records, metric, loss) for metric, loss in losses.items()}
-        front, inside = trade.pareto(records, x, y), trade.within(records, budgets)
-        figure = trade.pareto_front(records, x, y, _title(records, x, y), budgets)
-        labels = trade.names(records)
-        hover = {f"record-{place}": _record(records, place, labels[place]) for place in range(len(records))}
-        table = pd.DataFrame(
-            [
-                {"record": labels[place], **{m.replace("_", " "): _value(records, place, m) for m in (x, y)}}
-                for place in records[front & inside].sort_values(x).index
-            ]
-        )
-        counted = f"<p>{inside.sum()} of {len(records)} records within the budget. Of these, on the front:</p>"
-        return inline(figure, _alt(records, x, y), hover) + counted + _table(table)
+        return _picture(trade.with_both(chosen, x, y), x, y, {x: x_budget, y: y_budget})
 
     whole = trade.with_both(frame, x, y)
     twin = Twin(name, _alt(whole, x, y), lambda: trade.pareto_front(whole, x, y, _title(whole, x, y)))
     return View(make, draw, [twin])
+
+
+def _picture(records: pd.DataFrame, x: str, y: str, losses: dict[str, float]) -> str:
+    """The front, and its records that keep within the losses, as a table."""
+    budgets = {m: trade.worst_allowed(records, m, loss) for m, loss in losses.items() if loss < math.inf}
+    figure = trade.pareto_front(records, x, y, _title(records, x, y), budgets)
+    labels, inside = trade.names(records), trade.within(records, budgets)
+    best = records[trade.pareto(records, x, y) & inside].sort_values(x).index
+    columns = {metric.replace("_", " "): [_value(records, place, metric) for place in best] for metric in (x, y)}
+    table = pd.DataFrame({"record": [labels[place] for place in best]} | columns)
+    counted = f"<p>{inside.sum()} of {len(records)} records within the budget. Of these, on the front:</p>"
+    hover = {f"record-{place}": _record(records, place, label) for place, label in enumerate(labels)}
+    rows = table.to_html(index=False, border=0, justify="left") if len(table) else ""
+    return inline(figure, _alt(records, x, y), hover) + counted + rows
 
 
 def _first_pair(frame: pd.DataFrame, known: list[str], x: str | None, y: str | None) -> tuple[str, str]:
@@ -120,7 +111,3 @@ def _record(records: pd.DataFrame, place: int, name: str) -> str:
     measured = [f"{metric}: {_value(records, place, metric)}" for metric in known if pd.notna(row[metric])]
     about = ("model", "transformation", "dtype", "device", "n", "protocol", "time", "id")
     return "\n".join([name, *measured, *(f"{c}: {row[c]}" for c in about if c in row and pd.notna(row[c]))])
-
-
-def _table(table: pd.DataFrame) -> str:
-    return table.to_html(index=False, escape=True, border=0, justify="left") if len(table) else ""

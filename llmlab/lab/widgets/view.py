@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import ipywidgets
 from IPython import get_ipython
@@ -16,8 +15,19 @@ from matplotlib.figure import Figure
 from llmlab.base.errors import InputError
 from llmlab.lab import figures
 
-WIDE = {"width": "auto", "min_width": "280px"}
 DESCRIBED = {"description_width": "initial"}
+
+
+def dropdown(label: str, options: Iterable[object], **how: object) -> ipywidgets.Dropdown:
+    """A control with a choice of values, as wide as they need."""
+    layout = {"width": "auto", "min_width": "280px"}
+    return ipywidgets.Dropdown(options=list(options), description=label, style=DESCRIBED, layout=layout, **how)
+
+
+def slider(label: str, options: Iterable[object], **how: object) -> ipywidgets.SelectionSlider:
+    """A control with values in an order; it acts when it is let go."""
+    how = {"options": list(options), "description": label, "continuous_update": False} | how
+    return ipywidgets.SelectionSlider(style=DESCRIBED, layout={"width": "400px"}, **how)
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Twin:
     draw: Callable[[], Figure]
 
 
+@dataclass
 class View:
     """What a widget function returns; shown as the last line of a cell.
 
@@ -37,35 +48,22 @@ class View:
     figures alone appear, and no widget is made.
 
     Attributes:
-        controls: name -> ipywidgets control; set its `value` to move it by code.
-        picture: the HTML that follows them.
+        make: the controls by name, when they are needed.
+        draw: their values, by name, to HTML; its text is escaped. An InputError is shown in its place.
+        twins: the figures, the most telling one first.
     """
 
-    def __init__(
-        self,
-        make: Callable[[], dict[str, Any]],
-        draw: Callable[..., str],
-        twins: Sequence[Twin],
-        buttons: Callable[[dict[str, Any]], list[Any]] = lambda controls: [],
-    ) -> None:
-        """Nothing is made or drawn before it is needed.
-
-        Args:
-            make: the controls by name.
-            draw: their values, by name, to HTML; its text is escaped. An InputError is shown in its place.
-            twins: the figures, the most telling one first.
-            buttons: further widgets that move the controls.
-        """
-        self._make, self._draw, self._buttons = make, draw, buttons
-        self.twins = list(twins)
+    make: Callable[[], dict[str, ipywidgets.ValueWidget]]
+    draw: Callable[..., str]
+    twins: list[Twin]
 
     @cached_property
-    def controls(self) -> dict[str, Any]:
-        """The controls by name."""
-        return self._make()
+    def controls(self) -> dict[str, ipywidgets.ValueWidget]:
+        """The controls by name; set the `value` of one to move it by code."""
+        return self.make()
 
     @cached_property
-    def picture(self) -> Any:
+    def picture(self) -> ipywidgets.HTML:
         """The HTML widget that follows the controls."""
         picture = ipywidgets.HTML(self._drawn())
         for control in self.controls.values():
@@ -73,15 +71,14 @@ class View:
         return picture
 
     @cached_property
-    def box(self) -> Any:
+    def box(self) -> ipywidgets.VBox:
         """Controls and picture as one widget."""
-        row = ipywidgets.Layout(flex_flow="row wrap", align_items="center")
-        controls = ipywidgets.Box([*self._buttons(self.controls), *self.controls.values()], layout=row)
-        return ipywidgets.VBox([controls, self.picture])
+        row = {"flex_flow": "row wrap", "align_items": "center"}
+        return ipywidgets.VBox([ipywidgets.Box(list(self.controls.values()), layout=row), self.picture])
 
     def _drawn(self) -> str:
         try:
-            drawn = self._draw(**{name: control.value for name, control in self.controls.items()})
+            drawn = self.draw(**{name: control.value for name, control in self.controls.items()})
         except InputError as error:
             drawn = f"<p>{html.escape(str(error))}</p>"
         # As wide as the cell, however wide a drawing in it is.
@@ -89,14 +86,13 @@ class View:
 
     def _ipython_display_(self) -> None:
         images = [figures.show(twin.draw(), twin.name, twin.alt) for twin in self.twins]
-        if not live():
-            for image in images:
-                display(image)
-            return
-        # A front end shows the richest form it knows; the figure is for whoever reads the saved notebook.
-        data, metadata = images[0]._repr_mimebundle_()
-        view = self.box._repr_mimebundle_() | {"text/plain": self.twins[0].alt}
-        display(view | data, metadata=metadata, raw=True)
+        if live():
+            # A front end shows the richest form it knows; the figure is for whoever reads the saved notebook.
+            data, metadata = images[0]._repr_mimebundle_()
+            view = self.box._repr_mimebundle_() | {"text/plain": self.twins[0].alt}
+            display(view | data, metadata=metadata, raw=True)
+        else:
+            display(*images)
 
 
 def live() -> bool:
