@@ -157,7 +157,8 @@ def main_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, st
 def _figures(runs: Sequence[Run], output: Path) -> list[dict[str, object]]:
     """The figures of the runs, which are in `output`/figures, each with the run that drew it last."""
     figures = []
-    for name, run in sorted({name: run for run in runs for name in run.figures}.items()):
+    latest = {name: run for run in runs for name in run.figures}
+    for name, run in sorted(latest.items()):
         png = output / "figures" / f"{name}.png"
         with Image.open(png) as image:
             alt = str(image.info.get("Description", name))
