@@ -12,7 +12,7 @@ from llmlab import InputError
 from llmlab.bench.ablation import ablation
 from llmlab.bench.challenge import challenge, synthetic_sequences
 from llmlab.bench.decoders import Decoder
-from llmlab.bench.decoding import Unit, _difference, bench_decoding
+from llmlab.bench.decoding import Effort, Unit, _difference, bench_decoding
 from llmlab.bench.decoding import measurement as decoding_measurement
 from llmlab.bench.scoring import bench_scoring, best_batch_size, measurement, own_matmul_flops, own_matmuls
 from llmlab.bench.sharding import bench_sharding
@@ -191,7 +191,7 @@ def test_bench_decoding_reports_what_it_promises(tiny_folders):
     lm, half = (llmlab.load(folder, dtype=dtype) for dtype in ("fp32", "bf16"))
     prompts = [llmlab.Prompt(kind, f"{kind} a b a b {n}") for kind in ("edit", "write") for n in range(4)]
     result = bench_decoding(
-        lm, half, self_4bit(lm), prompts, gguf=None, new_tokens=8, units_per_kind=1, repeats=2, compile=False
+        lm, half, self_4bit(lm), prompts, gguf=None, effort=Effort(8, units_per_kind=1, repeats=2, compile=False)
     )
     json.dumps(result)
     assert result["greedy_equal"]

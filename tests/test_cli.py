@@ -76,6 +76,7 @@ def test_generate(run, tmp_path):
     assert result["new_tokens"] == 4
 
 
+@pytest.mark.slow
 def test_generate_with_a_draft_writes_the_same_ids(run, tiny_folders, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"a b a b a {n}", "kind": "edit"}) + "\n" for n in range(2)))

@@ -45,7 +45,9 @@ def test_a_long_prompt_is_read_in_chunks(tiny, monkeypatch):
         assert torch.allclose(logits[row], plain(tiny, ids)[-1], atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"compile": True}], ids=["recorded", "compiled"])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"compile": True}, marks=pytest.mark.slow)], ids=["recorded", "compiled"]
+)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_trees_see_their_ancestors_alone_and_kept_branches_stay(tiny_folders, rows, options):
     lm = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
@@ -81,6 +83,7 @@ def test_a_replay_gives_the_same_numbers_to_the_bit(smollm2):
     assert all(torch.equal(run, runs[0]) for run in runs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_weights_with_joined_matrices_decode_like_themselves(smollm2, bits):
     scheme = Scheme(4, 64, search=False) if bits == 4 else Scheme(8, -1, symmetric=True, search=False)

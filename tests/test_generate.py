@@ -67,6 +67,7 @@ def test_samples_repeat_with_the_seed(tiny):
     assert draw(1) != draw(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.3, 0.8), (1.0, 0.5)])
 def test_samples_follow_the_distribution(temperature, top_p):
     logits = torch.tensor([2.0, 1.5, 1.0, 0.3, 0.0, -0.5, -1.0, -3.0])

@@ -76,6 +76,7 @@ def test_the_crossover_is_measured_and_kept():
     assert module.crossover.cache_info().hits == 1
 
 
+@pytest.mark.slow
 def test_triton_equals_the_reference():
     """Under Triton's interpreter, which must be switched on before it is imported: hence a process of its own."""
     code = """

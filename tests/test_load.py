@@ -71,12 +71,14 @@ def test_bitsandbytes_at_load(tiny_folders, method):
     assert (a - b).norm() / a.norm() < {"int8": 0.1, "nf4": 0.5}[method]
 
 
+@pytest.mark.slow
 def test_the_built_in_model_in_nf4_still_knows_the_capital_of_france():
     lm = llmlab.load("smollm2", bitsandbytes="nf4")
     ids = torch.tensor([lm.encode("The capital of France is")])
     assert lm.decode([int(lm.model(ids).logits[0, -1].argmax())]) == " Paris"
 
 
+@pytest.mark.slow
 def test_random_weights_of_a_shape_with_fewer_layers():
     lm = llmlab.load("random:opt-125m", layers=2, seed=1)
     again = llmlab.load("random:opt-125m", layers=2, seed=1)

@@ -257,6 +257,7 @@ def short():
     return lm
 
 
+@pytest.mark.slow
 def test_every_way_to_run_packed_weights_agrees(short):
     """Plain Linears of the same weights, the reference, and packed kernels with fp32 and bf16 activations."""
     q = quantize(short, 4, 64, method="rtn")

@@ -168,6 +168,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_no_earlier_record(tmp_path):
     """A file size limit makes the write fail half-way, as a full disk does."""
     path = tmp_path / "records.jsonl"

@@ -53,6 +53,7 @@ figures.show(figure, "line", "A line from <x> to 2.")
 """
 
 
+@pytest.mark.slow
 def test_notebooks_become_pages_and_a_failure_stops_nothing(home):
     ok = write(home / "notebooks", "00_fine", FIGURE, "print('<script>alert(1)</script>', x)")
     bad = write(home / "notebooks", "01_fails", "print('before')", "1 / 0", "print('after')")
@@ -139,6 +140,7 @@ def test_parameters_are_held_against_the_cell(home):
     assert not (home / "report").exists()
 
 
+@pytest.mark.slow
 def test_a_kernel_that_dies_is_reported(home):
     path = write(home / "notebooks", "00_dies", "import os; os._exit(3)")
     runs = report([path, write(home / "notebooks", "01_fine", "x")], output=home / "report")
@@ -155,6 +157,7 @@ def test_notebooks_are_found_by_name_number_and_path(home):
         find_notebooks(["c"])
 
 
+@pytest.mark.slow
 def test_the_command_says_by_its_status_that_a_notebook_failed(home, monkeypatch, capsys):
     from llmlab.cli.main import main
 
@@ -267,6 +270,7 @@ def hostile_report(folder):
     return [folder / "report" / name for name in ("index.html", "00_hostile.html", "challenge.html")]
 
 
+@pytest.mark.slow
 def test_markup_in_what_is_shown_is_text(home):
     index, notebook, challenge = (BeautifulSoup(page.read_text(), "html.parser") for page in hostile_report(home))
     for page, numbers in (

@@ -18,6 +18,7 @@ def completion(smollm2):
     return llmlab.generate(smollm2, [prompt], max_new_tokens=32, draft=PromptLookup(branches=2), k=4).completions[0]
 
 
+@pytest.mark.slow
 def test_step_viewer(smollm2, completion):
     view = widgets.step_viewer(completion, smollm2.tokenizer)
     slider = view.controls["step"]
@@ -34,6 +35,7 @@ def test_step_viewer(smollm2, completion):
     assert any(step.accepted for step in completion.steps)
 
 
+@pytest.mark.slow
 def test_passes_add_up_to_the_completion(smollm2, completion):
     passes = read_passes(completion, smollm2)
     assert "".join(text for one in passes for text in one.tokens).startswith(completion.text)

@@ -40,9 +40,26 @@ class Unit:
     runs: dict[str, list[Run]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much a benchmark measures.
+
+    Attributes:
+        new_tokens: at most so many a prompt.
+        units_per_kind: prompts of each kind at batch 1; larger batches take one unit of each kind.
+        repeats: counted runs of each engine on each unit.
+        compile: measure torch.compile, too; it compiles for a minute or two first.
+    """
+
+    new_tokens: int = 128
+    units_per_kind: int = 2
+    repeats: int = 3
+    compile: bool = True
+
+
 def units(lm: LM, prompts: Sequence[Prompt], batch: int, most: int, new_tokens: int) -> list[Unit]:
     """Up to `most` units of `batch` prompts for each kind, as chat turns where the model has a template."""
-    chat = bool(getattr(lm.tokenizer, "chat_template", None))
+    chat = lm.tokenizer is not None and bool(lm.tokenizer.chat_template)
     by_kind: dict[str, list[str]] = {}
     for prompt in prompts:
         by_kind.setdefault(prompt.kind, []).append(prompt.text)
@@ -71,10 +88,7 @@ def bench_decoding(
     prompts: Sequence[Prompt],
     *,
     gguf: str | None,
-    new_tokens: int = 128,
-    units_per_kind: int = 2,
-    repeats: int = 3,
-    compile: bool = True,
+    effort: Effort,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> Row:
     """Everything that the benchmark reports.
@@ -85,20 +99,17 @@ def bench_decoding(
         packed: its own 4-bit copy, as `llmlab.self_4bit` makes it.
         prompts: with their kinds.
         gguf: path of the same model's 4-bit file for llama.cpp; None if there is none.
-        new_tokens: at most so many a prompt.
-        units_per_kind: prompts of each kind at batch 1; larger batches take one unit of each kind.
-        repeats: counted runs of each engine on each unit.
-        compile: measure torch.compile, too; it compiles for a minute or two first.
+        effort: how much of it to measure.
         on_row: called with each finished row.
 
     Returns:
         A dictionary ready for JSON.
     """
-    exact = Engine(lm)
+    exact, new_tokens, repeats = Engine(lm), effort.new_tokens, effort.repeats
     peer, reason = llamacpp(gguf, new_tokens, end_tokens(lm))
-    single = _single_decoders(exact, half, packed, new_tokens, compile) + [*peer]
+    single = _single_decoders(exact, half, packed, new_tokens, effort.compile) + [*peer]
     bandwidth = measure_bandwidth(lm.device).value
-    work = units(lm, prompts, 1, units_per_kind, new_tokens)
+    work = units(lm, prompts, 1, effort.units_per_kind, new_tokens)
     run_all(single, work, repeats)
     rows: list[Row] = []
     for decoder in single:

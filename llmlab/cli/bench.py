@@ -162,7 +162,7 @@ def decoding(
 ) -> Payload:
     """Our engine plain, compiled, 4-bit and with each draft, against transformers and llama.cpp (about 25 minutes for
     the built-in model on 2 cores)."""
-    from llmlab.bench.decoding import bench_decoding, line, measurement
+    from llmlab.bench.decoding import Effort, bench_decoding, line, measurement
     from llmlab.model.sources import resolve
 
     check_positive(repeats=repeats, prompts_of_a_kind=per_kind, new_tokens=max_new_tokens)
@@ -173,7 +173,6 @@ def decoding(
     with console.status(f"{len(texts)} prompts, {repeats} rounds"):
         result = bench_decoding(
             lm, half, llmlab.self_4bit(lm), texts, gguf=source.location if source.kind == "gguf" else None,
-            new_tokens=max_new_tokens, units_per_kind=per_kind, repeats=repeats, compile=compiled,
-            on_row=lambda row: print_line(line(row)),
+            effort=Effort(max_new_tokens, per_kind, repeats, compiled), on_row=lambda row: print_line(line(row)),
         )  # fmt: skip
     return finish(f"{place.model}: decoding", lm, measurement(result), result, warmup=1, repeats=repeats)

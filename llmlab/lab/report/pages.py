@@ -27,6 +27,7 @@ from traitlets.config import Config
 from llmlab.base.paths import PACKAGE, atomic
 from llmlab.base.stats import Metric
 from llmlab.bench.challenge import Submission
+from llmlab.data import FULL_SET
 from llmlab.lab.leaderboard import BOARD
 from llmlab.measure.environment import energy, git_commit, hardware, versions
 from llmlab.measure.record import Record
@@ -144,7 +145,7 @@ def write_index(runs: Sequence[Run], output: Path, *, seconds: float, command: s
 
 def write_challenge_page(submission: Submission, record: Record, output: Path) -> Path:
     """One page about one run of the challenge's job: challenge.html in `output`."""
-    return write_page(output, "challenge", submission=submission, record=record, board=BOARD)
+    return write_page(output, "challenge", submission=submission, record=record, board=BOARD, questions=FULL_SET)
 
 
 def main_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
