@@ -59,7 +59,7 @@ class Effort:
 
 def units(lm: LM, prompts: Sequence[Prompt], batch: int, most: int, new_tokens: int) -> list[Unit]:
     """Up to `most` units of `batch` prompts for each kind, as chat turns where the model has a template."""
-    chat = lm.tokenizer is not None and bool(lm.tokenizer.chat_template)
+    chat = lm.has_chat_template
     by_kind: dict[str, list[str]] = {}
     for prompt in prompts:
         by_kind.setdefault(prompt.kind, []).append(prompt.text)

@@ -126,7 +126,7 @@ def measure_point(
         check_layout(name, combination.cuts, combination.cuts.ranks)
 
     def check(lm: LM) -> None:
-        encode_prompts(lm, given.prompts, max_new_tokens=effort.new_tokens, chat=_chat(lm))
+        encode_prompts(lm, given.prompts, max_new_tokens=effort.new_tokens, chat=lm.has_chat_template)
         encode(lm, given.questions)
         calibration_rows(lm, given.calibration, rows=effort.rows, context=CONTEXT)
 
@@ -210,7 +210,7 @@ class _Jobs:
 
 @contextmanager
 def _running(lm: LM, combination: Combination, prompts: list[str], new_tokens: int) -> Iterator[_Jobs]:
-    cuts, chat = combination.cuts, _chat(lm)
+    cuts, chat = combination.cuts, lm.has_chat_template
     if cuts.ranks == 1:
         drafts: list[Draft | LM] = [*named_drafts(lm, combination.draft)] if combination.draft else []
         engine = Engine(lm)
@@ -285,7 +285,3 @@ def _rate(seconds: list[float], units: int, unit: str) -> Metric:
 
 def _text(question: Question) -> str:
     return f"{question.context} {question.endings[question.label]}"
-
-
-def _chat(lm: LM) -> bool:
-    return lm.tokenizer is not None and bool(lm.tokenizer.chat_template)

@@ -155,11 +155,11 @@ def doctor() -> Payload:
     """What this machine has: hardware, libraries, usable kernels and why others are not. Paste it in bug reports."""
     from llmlab.measure.environment import inventory
 
-    found = inventory()
-    console.print(doctor_table(found))
-    if problem := found["hardware"]["cuda"]["problem"]:  # on a line of its own: the command in it is to be copied
+    machine = inventory()
+    console.print(doctor_table(machine))
+    if problem := machine["hardware"]["cuda"]["problem"]:  # on a line of its own: the command in it is to be copied
         print_line(problem, style="red")
-    return found
+    return machine
 
 
 app = typer.Typer(

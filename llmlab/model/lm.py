@@ -99,6 +99,11 @@ class LM:
         """Text of token ids, special tokens left out."""
         return str(self._tokenizer().decode(ids, skip_special_tokens=True))
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether prompts can be put as a user's turn (see `chat`)."""
+        return self.tokenizer is not None and bool(self.tokenizer.chat_template)
+
     def chat(self, prompt: str) -> str:
         """The prompt as one user turn in this model's chat template.
 

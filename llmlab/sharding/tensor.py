@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 QUERIES, KEYS = ("q_proj",), ("k_proj", "v_proj")
 COLUMNS = ("gate_proj", "up_proj", "fc1")
 ATTENTION_ROWS, ROWS = ("o_proj", "out_proj"), ("down_proj", "fc2")
-KNOWN = QUERIES + KEYS + COLUMNS + ATTENTION_ROWS + ROWS
 
 
 @dataclass(frozen=True)
