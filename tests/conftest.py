@@ -1,5 +1,7 @@
 """Models and rows for the tests. No test uses the network; nothing is written into the checkout."""
 
+import ctypes
+import gc
 import os
 import tempfile
 from contextlib import contextmanager
@@ -16,7 +18,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 import llmlab
 from llmlab.kernels.packed_linear import QuantLinear
 
+# So that glibc gives memory back which a test has freed; engines come and go here by the dozen.
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
 CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory_given_back():
+    """After each file, what its tests held is free for others: the suite fits a small laptop."""
+    yield
+    gc.collect()
+    if TRIM:
+        TRIM(0)
 
 
 @pytest.fixture(scope="session")

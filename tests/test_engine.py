@@ -1,7 +1,11 @@
 """The engine's passes equal transformers', whatever their shape, and keep what they are told to keep."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from torch.jit._state import _python_cu
 
 import llmlab
 from llmlab import InputError
@@ -81,6 +85,22 @@ def test_a_replay_gives_the_same_numbers_to_the_bit(smollm2):
     runs = [engine.forward([[11, 12]]) for _ in range(RECORD + 3)]
     assert engine.recorder.replays and engine.recorder.seconds > 0
     assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+def test_a_recording_ends_with_its_engine(tiny):
+    """torch keeps what torch.jit.trace makes for good, tens of MB a recording of a real model."""
+    kept = []
+    for _ in range(2):  # what the first one compiles serves all others
+        engine, _ = started(tiny, PAST)
+        for _ in range(RECORD + 1):
+            engine.forward([[3, 9]] * 3)
+        assert engine.recorder.replays
+        model = weakref.ref(engine.model)
+        del engine
+        gc.collect()
+        assert model() is None
+        kept.append(len(_python_cu.get_functions()))
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.slow
