@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # "import X as X" makes X public: type checkers read these li
     from llmlab.model.lm import LM as LM
     from llmlab.model.load import load as load
     from llmlab.model.load import model_card as model_card
+    from llmlab.model.rewrite import convert as convert
     from llmlab.quantization.walk import quantize as quantize
     from llmlab.scoring.perplexity import perplexity as perplexity
     from llmlab.scoring.score import score as score

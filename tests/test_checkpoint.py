@@ -128,7 +128,7 @@ def test_other_damage_is_named(saved, tmp_path):
     with pytest.raises(InputError, match=r"model\.norm\.weight is missing"):
         llmlab.load(str(folder))
     file.unlink()
-    with pytest.raises(InputError, match="no safetensors file"):
+    with pytest.raises(InputError, match="holds no safetensors file"):
         llmlab.load(str(folder))
 
 

@@ -113,7 +113,7 @@ def bad_loads(tmp_path, tiny_folders):
         "broken config": ({"name": str(broken)}, "cannot read the config"),
         "encoder": ({"name": str(encoder)}, "is an encoder model"),
         "encoder-decoder": ({"name": str(seq2seq)}, "is an encoder-decoder model"),
-        "pickle": ({"name": str(pickled)}, "no readable safetensors"),
+        "pickle": ({"name": str(pickled)}, "or holds more than tensors"),
         "no network": ({"name": "someone/some-model"}, "Hub cannot be reached"),
         "dtype": ({"name": "smollm2", "dtype": "int3"}, "unknown dtype 'int3'"),
         "device": ({"name": "smollm2", "device": "toaster"}, "unknown device"),

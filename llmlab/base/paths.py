@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmlab.base.errors import InputError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -31,7 +35,7 @@ def figures_folder() -> Path:
 
 def cache_folder() -> Path:
     """What can be made again: LLMLAB_CACHE, else ~/.cache/llmlab."""
-    return Path(os.environ.get("LLMLAB_CACHE", "~/.cache/llmlab")).expanduser()
+    return Path(os.environ.get("LLMLAB_CACHE") or "~/.cache/llmlab").expanduser()
 
 
 def builtin_data(name: str) -> Path:
@@ -67,13 +71,58 @@ def new_folder(folder: str | Path) -> Path:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the name of `path` only when the block ends without an error."""
+    """Yield a temporary path beside `path`; it takes the name of `path` only when the block ends without an error.
+
+    Its mode is what the umask says, whatever the writer makes of it (safetensors keeps its files to their owner).
+    Raises InputError if the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
+        with _enough_space(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remember(path: Path, text: str) -> None:
+    """Write a file of the cache, if that is possible: one that is not there costs time and nothing else."""
+    with suppress(OSError, InputError), atomic(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """The same for a folder that is still to be made. If another process made it meanwhile, that one's stays."""
+    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with _enough_space(target):
+            staging.mkdir(parents=True)
+            yield staging
+        mode = staging.stat().st_mode
+        for path in staging.rglob("*"):
+            path.chmod(mode if path.is_dir() else mode & 0o666)
+        try:
+            staging.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _enough_space(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # safetensors and tokenizers tell the system's errors in types of their own
+        reason = next((os.strerror(number) for number in FULL if os.strerror(number) in str(error)), None)
+        if reason is None:
+            raise
+        raise InputError(f"cannot write {target} ({reason}): make room there; nothing of it was kept.") from error

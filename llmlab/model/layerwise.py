@@ -1,4 +1,4 @@
-"""A model whose decoder layers stay on disk: read one by one from safetensors, never all in memory."""
+"""A model whose decoder layers stay on disk: read one by one, never all in memory."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import copy
 from collections.abc import Callable
 
 import torch
-from transformers import AutoTokenizer
 
 from llmlab.base.errors import InputError
 from llmlab.model.card import card_from_config
 from llmlab.model.fill import Tensors, empty_model, fill, local_folder
 from llmlab.model.lm import DTYPES, LM, decoder_layers
-from llmlab.model.sources import Source, fingerprint, read_config, resolve
+from llmlab.model.matrices import expert_names, split_experts, stored_names
+from llmlab.model.sources import Source, fingerprint, read_config, read_tokenizer, resolve
 
 ReadLayer = Callable[[int], torch.nn.Module]
 
@@ -33,12 +33,16 @@ def stream(name: str, *, dtype: str = "fp32", device: torch.device | None = None
         raise InputError(f"{name} has no files: give a real model.")
     revision = fingerprint(source)
     folder = local_folder(source)
-    config = read_config(Source(name, "folder", str(folder)))
+    local = Source(name, "folder", str(folder))
+    config = read_config(local)
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"{name} is quantized already: give the original model.")
     model = empty_model(config, DTYPES[dtype])
     path, layers = decoder_layers(model)
-    tensors = Tensors(folder, model.base_model_prefix)
+    tensors = Tensors(folder, model.base_model_prefix, stored_names(model))
+    if not any(tensors.has(name) for name in model.state_dict() if name.endswith("experts.down_proj")):
+        split_experts(model, expert_names(model))  # as most files hold them
+    tensors.place(model)
 
     def read_layer(index: int) -> torch.nn.Module:
         layer = copy.deepcopy(layers[index])
@@ -46,5 +50,4 @@ def stream(name: str, *, dtype: str = "fp32", device: torch.device | None = None
         return layer
 
     fill(model, tensors, where, rule=lambda tensor_name, *_: None if tensor_name.startswith(f"{path}.") else ())
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return LM(model, tokenizer, card_from_config(config, name, dtype), name, revision), read_layer
+    return LM(model, read_tokenizer(local), card_from_config(config, name, dtype), name, revision), read_layer

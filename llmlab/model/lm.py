@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from huggingface_hub import save_torch_state_dict
 
 from llmlab.base.errors import InputError
-from llmlab.base.paths import new_folder
+from llmlab.base.paths import atomic_folder, new_folder
 from llmlab.kernels import fast
 from llmlab.kernels.cuda import advice, nvidia, usable
 from llmlab.kernels.packed_linear import quant_linears
 from llmlab.model.card import ModelCard
+from llmlab.model.matrices import stored_names
+from llmlab.model.tokens import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,33 +72,51 @@ class LM:
         The folder appears when it is complete. Raises InputError if it exists already or cannot be written.
         """
         target = new_folder(folder)
-        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        try:
+        with atomic_folder(target) as staging:
             config = self.model.config
             config.save_pretrained(staging)
             if getattr(self.model, "generation_config", None) is not None:
                 self.model.generation_config.save_pretrained(staging)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(staging)
-            tensors = {name: _alone(tensor) for name, tensor in self.model.state_dict().items()}
-            if config.tie_word_embeddings:
-                tensors.pop("lm_head.weight", None)
-            save_torch_state_dict(tensors, staging, metadata={"format": "pt"})
-            if settings := getattr(config, "quantization_config", None):
-                (staging / "quantize_config.json").write_text(json.dumps(settings, indent=2))
-            staging.chmod(0o755)
-            staging.rename(target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            settings = getattr(config, "quantization_config", None)
+            if settings is not None and not quant_linears(self.model):  # another quantizer's, which transformers writes
+                try:
+                    self.model.save_pretrained(staging)
+                except NotImplementedError:
+                    raise InputError(
+                        f"{self.name} ({self.transformation}) cannot be saved again by transformers "
+                        f"{transformers.__version__}: use the folder it came from."
+                    ) from None
+            else:
+                stored = stored_names(self.model)
+                tensors = {stored(name): _alone(tensor) for name, tensor in self.model.state_dict().items()}
+                if config.tie_word_embeddings:
+                    tensors.pop(stored("lm_head.weight"), None)
+                save_torch_state_dict(tensors, staging, metadata={"format": "pt"})
+                if settings:
+                    (staging / "quantize_config.json").write_text(json.dumps(settings, indent=2))
         return target
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with the special tokens that this tokenizer adds by itself."""
-        return list(self._tokenizer().encode(text))
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, with the special tokens that this tokenizer puts before a text: once, or not at all."""
+        tokenizer = self._tokenizer()
+        return encode(tokenizer, text) if special_tokens else list(tokenizer.encode(text, add_special_tokens=False))
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        return str(self._tokenizer().decode(ids, skip_special_tokens=True))
+    def input_ids(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """The same for the model to read. Raises InputError if it has no embedding for one of them."""
+        ids = self.encode(text, special_tokens=special_tokens)
+        if (largest := max(ids, default=0)) >= self.card.vocab_size:
+            raise InputError(
+                f"the text holds {self._tokenizer().decode([largest])!r}, token {largest}, but {self.name} has "
+                f"embeddings for {self.card.vocab_size} tokens while its tokenizer knows {len(self._tokenizer())}: "
+                "leave it out."
+            )
+        return ids
+
+    def decode(self, ids: list[int], *, special: bool = False) -> str:
+        """Text of token ids, without special tokens unless `special`."""
+        return str(self._tokenizer().decode(ids, skip_special_tokens=not special))
 
     @property
     def has_chat_template(self) -> bool:

@@ -1,7 +1,8 @@
 """load(): an LM from anywhere: built in, a Hub id, a folder (plain or quantized), a .gguf file, or random weights.
 
 Packed checkpoints are read by `fill`. Plain weights are left to transformers: it also renames the tensors of old
-checkpoints, merges experts, and quantizes with bitsandbytes on the way.
+checkpoints, merges experts, and quantizes with bitsandbytes on the way. What it says about tensors that are missing,
+superfluous or misshapen is an error here: it would draw random weights and go on.
 """
 
 from __future__ import annotations
@@ -11,25 +12,23 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from llmlab.base.errors import InputError
 from llmlab.kernels.fast import packed_dtype
 from llmlab.model.card import ModelCard, card_from_config
-from llmlab.model.fill import local_folder
-from llmlab.model.gguf import converted
-from llmlab.model.gptq_checkpoint import GPTQSettings, read_model, settings_of
+from llmlab.model.fill import Tensors, check_tensors, finite, local_folder, untied
+from llmlab.model.gguf import config_alone, converted
+from llmlab.model.gptq_checkpoint import read_model, settings_of
+from llmlab.model.harmless import harmless
 from llmlab.model.lm import DTYPES, LM, check_device, check_dtype
-from llmlab.model.sources import Source, fingerprint, read_config, resolve, shape_config
+from llmlab.model.prequantized import check_readable, quantizer_of
+from llmlab.model.sources import Source, fingerprint, read_config, read_tokenizer, resolve, shape_config
 
 BITSANDBYTES = ("int8", "nf4", "fp4")
 
@@ -48,9 +47,15 @@ def load(
 ) -> LM:
     """Load a model for inference.
 
+    Weights come from safetensors files, else from torch's .bin files, which are unpickled without running code and
+    mapped into memory: the peak is the model in `dtype` and a few tensors, beside pages of the files that the system
+    may drop. (.bin files from before torch 1.6 cannot be mapped: there it is the model and all files. `llmlab.convert`,
+    which writes safetensors once, takes one of them at a time.)
+
     Args:
-        name: "smollm2" (built in), a Hub id ("facebook/opt-30b"), a folder, a .gguf file, or "random:llama-30b" for a
-            shipped shape with random weights (speed work).
+        name: "smollm2" (built in), a Hub id ("facebook/opt-30b", "owner/name@revision"), a folder, a .gguf file (of a
+            split one any part; all are read), or "random:llama-30b" for a shipped shape with random weights (speed
+            work).
         dtype: "fp32", "bf16" or "fp16"; by default fp32 on CPU, bf16 on CUDA from compute capability 8.0, fp16 below;
             for GPTQ checkpoints on CPU bf16 where this processor multiplies it fast, which was measured, else fp32.
         device: "cpu", "cuda", "cuda:1"...; by default CUDA where there is a GPU.
@@ -63,7 +68,8 @@ def load(
             it may raise InputError for texts that do not fit this model.
 
     Raises:
-        InputError: before any weight is read, if the name, a file, the dtype, the device or an option is unusable.
+        InputError: before any weight is read, if the name, a file, the dtype, the device or an option is unusable;
+            and if a tensor is missing, superfluous, misshapen or no number, which is named.
     """
     where = check_device(device)
     short = check_dtype(dtype, where)
@@ -71,26 +77,32 @@ def load(
     _check_options(source, bitsandbytes, layers)
     if source.kind == "random":
         return _random(source, short, where, layers, seed)
-    local_revision = fingerprint(source)
+    original = source
     if source.kind == "gguf":
         with _quiet():
             source = converted(source)
     config = read_config(source)
     settings = settings_of(config)
-    if settings and bitsandbytes:
-        raise InputError(f"{name} is quantized with GPTQ already: load it without bitsandbytes.")
+    how = settings.transformation if settings else quantizer_of(config)
+    if how and bitsandbytes:
+        by = "GPTQ" if settings else how
+        raise InputError(f"{name} is quantized with {by} already: load it without bitsandbytes.")
+    if how and not settings:
+        check_readable(config, name, str(where))
     if settings and dtype is None:
         short = packed_dtype(where)
     card = card_from_config(config, name, short)
     with _quiet(unless=card.bytes >= 4e9):
-        commit = getattr(config, "_commit_hash", None) or local_revision
-        lm = LM(None, _tokenizer(source), card, name, commit, _transformation(settings, bitsandbytes))
+        transformation = f"bitsandbytes-{bitsandbytes}" if bitsandbytes else how or "none"
+        lm = LM(None, read_tokenizer(source), card, name, None, transformation)
         if check:
             check(lm)
+        lm.revision = fingerprint(original)
         if settings:
             model = read_model(local_folder(source), config, settings, DTYPES[short], where)
         else:
-            model = _read_weights(source, DTYPES[short], where, bitsandbytes)
+            more = {"quantization_config": _bitsandbytes_config(bitsandbytes, DTYPES[short])} if bitsandbytes else {}
+            model = _read_weights(source, config, DTYPES[short], where, more)
     lm.model = model.eval().requires_grad_(False)
     return lm
 
@@ -104,22 +116,8 @@ def model_card(name: str, *, dtype: str = "fp16") -> ModelCard:
     config = shape_config(name.removeprefix("random:"))
     if config is None:
         source = resolve(name)
-        config = read_config(converted(source, create=False) if source.kind == "gguf" else source)
+        config = config_alone(source) if source.kind == "gguf" else read_config(source)
     return card_from_config(config, name, dtype)
-
-
-def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(**source.transformers_args)
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{source.name} has no tokenizer that transformers can read: {reason}") from None
-
-
-def _transformation(settings: GPTQSettings | None, bitsandbytes: str | None) -> str:
-    if settings:
-        return settings.transformation
-    return f"bitsandbytes-{bitsandbytes}" if bitsandbytes else "none"
 
 
 def _check_options(source: Source, bitsandbytes: str | None, layers: int | None) -> None:
@@ -136,19 +134,55 @@ def _check_options(source: Source, bitsandbytes: str | None, layers: int | None)
 
 
 def _read_weights(
-    source: Source, dtype: torch.dtype, device: torch.device, bitsandbytes: str | None
+    source: Source, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, more: dict[str, object]
 ) -> PreTrainedModel:
-    options: dict[str, object] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
-    if bitsandbytes:
-        options["quantization_config"] = _bitsandbytes_config(bitsandbytes, dtype)
+    folder = local_folder(source)
+    tensors = Tensors(folder, "")  # every file can be read
+    file = next(iter(tensors.files.values()))
+    options: dict[str, object] = {"dtype": dtype, "device_map": {"": device}} | more
+    options["use_safetensors"] = file.suffix == ".safetensors"
+    if options["use_safetensors"]:  # else transformers would take model.safetensors before the index
+        index = folder / "model.safetensors.index.json"
+        config.transformers_weights = index.name if index.exists() else file.name
     try:
-        return AutoModelForCausalLM.from_pretrained(**source.transformers_args, **options)
-    except OSError as error:
-        # The config was readable, so what is missing are weights in the one format that cannot run code.
-        raise InputError(
-            f"{source.location} has no readable safetensors weights, and llmlab unpickles nothing: convert them with "
-            f"transformers' save_pretrained first ({' '.join(str(error).split())[:160]})."
-        ) from error
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            trust_remote_code=source.trust_remote_code,
+            ignore_mismatched_sizes=True,  # not ignored: it is in the report
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # it raises all kinds; a quantizer of others that is not here is one
+        if getattr(config, "quantization_config", None) is None:
+            check_tensors(folder, config)  # says which tensor it was
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise InputError(f"transformers cannot load {source.location}: {reason}.") from error
+    vars(model.config).pop("transformers_weights", None)
+    tensors.prefix = f"{model.base_model_prefix}."
+    _check_report(model, report, tensors)
+    return model
+
+
+def _check_report(model: PreTrainedModel, report: dict[str, Any], tensors: Tensors) -> None:
+    """Raise InputError, which names the tensor, for what transformers reports, and for weights that are no numbers."""
+    folder, kind = tensors.folder, model.config.model_type
+    if missing := sorted(map(str, report["missing_keys"])):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{folder}: the tensor {missing[0]}{more} of this {kind} model is missing: download it again.")
+    for name, stored, expected in sorted(report["mismatched_keys"], key=str):
+        raise InputError(f"{folder}: the tensor {name} is {[*stored]}, expected {[*expected]}.")
+    for name in sorted(map(str, report["unexpected_keys"])):
+        stored = tensors.stored_name(name)  # not among the files if transformers renamed it
+        if not harmless(name, partial(tensors.raw, stored) if stored in tensors.files else None):
+            raise InputError(f"{folder}: the tensor {name} has no place in a {kind} model.")
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor) and not finite(tensor):
+            raise InputError(f"{folder}: the tensor {name} holds NaN or infinity as {tensor.dtype}.")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and model.config.tie_word_embeddings and head.weight is not embedding.weight:
+        raise InputError(untied(folder, "the output head"))
 
 
 def _bitsandbytes_config(method: str, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -175,15 +209,18 @@ def _random(source: Source, dtype: str, device: torch.device, layers: int | None
 
 @contextmanager
 def _quiet(*, unless: bool = False) -> Iterator[None]:
-    """No loading bars of transformers, unless the model takes long: they would leave clutter in reports."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
+    """No table of what transformers found (it is checked) and no bars, unless the model takes long."""
+    log = transformers.utils.logging
+    shown, level = log.is_progress_bar_enabled(), log.get_verbosity()
+    log.set_verbosity_error()
     if not unless:
-        transformers.utils.logging.disable_progress_bar()
+        log.disable_progress_bar()
     try:
         yield
     finally:
+        log.set_verbosity(level)
         if shown:
-            transformers.utils.logging.enable_progress_bar()
+            log.enable_progress_bar()
 
 
 _logged: set[str] = set()
