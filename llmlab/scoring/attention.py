@@ -1,22 +1,38 @@
 """Attention over a row of packed tries: every node sees its ancestors, tries do not see one another.
 
 The Linears of the model see all nodes as one row [1, nodes]; attention takes the tries one by one. So nothing is padded
-anywhere.
+anywhere. What else limits a layer's sight (a sliding window, a chunk) transformers says as a rule of two positions. It
+is asked of the depths of two nodes here, so it holds along every path of a trie as along a plain sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
 
 from llmlab.kernels.plain import slow_on_cpu
 from llmlab.model.lm import LM
 from llmlab.scoring.trie import Trie
 
 NAME = "llmlab_trie"
+
+# transformers' mask functions: (batch, head, position of the query, position of the key) to whether it sees it.
+Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# What transformers hands to attention and means nothing here.
+HARMLESS = {
+    "sliding_window": "the rule has it",
+    "is_causal": "the rule says so",
+    "position_ids": "for flash attention; queries and keys are rotated already",
+    "use_cache": "nothing is cached",
+    "output_attentions": "nobody reads them",
+    "output_hidden_states": "of the decoder's loop",
+    "output_router_logits": "of the experts",
+    "return_dict": "of the model's output",
+}
 
 
 def ancestor_mask(trie: Trie, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -28,30 +44,72 @@ def ancestor_mask(trie: Trie, dtype: torch.dtype, device: torch.device) -> torch
     return torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill(~sees, float("-inf"))
 
 
+class TrieMasks:
+    """The masks of a pass's tries, under each rule that a layer has; made once a pass."""
+
+    def __init__(self, tries: list[Trie], dtype: torch.dtype, device: torch.device) -> None:
+        self.depths = [torch.tensor(trie.depths, device=device) for trie in tries]
+        self.masks = {causal_mask_function: [ancestor_mask(trie, dtype, device) for trie in tries]}
+
+    def under(self, rule: Rule) -> list[torch.Tensor]:
+        """[n, n] for each trie: -inf where a node is no ancestor, or `rule` forbids what lies between their depths."""
+        if rule not in self.masks:
+            ancestors, zero = self.masks[causal_mask_function], self.depths[0].new_zeros(())
+            allowed = [rule(zero, zero, depths[:, None], depths) for depths in self.depths]
+            self.masks[rule] = [
+                mask.masked_fill(~sees, float("-inf")) for mask, sees in zip(ancestors, allowed, strict=True)
+            ]
+        return self.masks[rule]
+
+
+def trie_rule(*, mask_function: Rule, use_vmap: bool = False, **_: object) -> Rule:
+    """transformers' mask interface: instead of a mask the rule itself, which `trie_attention` applies to depths."""
+    if use_vmap:
+        raise NotImplementedError("its mask depends on more than positions")
+    return mask_function
+
+
 def trie_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Rule,
     *,
-    trie_masks: list[torch.Tensor],
+    trie_masks: TrieMasks,
     scaling: float | None = None,
-    **_: object,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: [1, heads, N, d] queries (keys, values: KV heads) to [1, N, heads, d]."""
+    """transformers' attention interface: [1, heads, N, d] queries (keys, values: KV heads) to [1, N, heads, d].
+
+    Scores are capped at +-`softcap` (Gemma 2); `s_aux` [heads] are sinks, scores of a place that holds nothing
+    (gpt-oss). A keyword that is not known and not neutral raises: what a model asks for is never left out.
+    """
+    for name, wanted in others.items():
+        if name not in HARMLESS and (isinstance(wanted, torch.Tensor) or wanted):
+            raise NotImplementedError(f"attention with {name} over tries")
+    if not callable(attention_mask):
+        raise NotImplementedError("attention over tries with a mask that is made elsewhere")
+    masks = trie_masks.under(attention_mask)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = query.dtype
     if query.device.type == "cpu" and slow_on_cpu(dtype):
         query, key, value = query.float(), key.float(), value.float()
-        trie_masks = [mask.float() for mask in trie_masks]
+        masks = [mask.float() for mask in masks]
     # Without tensor cores torch's fused kernel is slower in bf16 than two plain matmuls, and not more precise.
     plain = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    attend = _matmul_attention if plain else _fused_attention
+    fused = not plain and softcap is None and s_aux is None
     outputs, start = [], 0
-    for mask in trie_masks:
+    for mask in masks:
         part = slice(start, start + len(mask))
-        outputs.append(attend(query[:, :, part], key[:, :, part], value[:, :, part], mask, scale).transpose(1, 2))
+        q, k, v = query[:, :, part], key[:, :, part], value[:, :, part]
+        if fused:
+            output = _fused_attention(q, k, v, mask, scale)
+        else:
+            output = _matmul_attention(q, k, v, mask, scale, softcap, s_aux)
+        outputs.append(output.transpose(1, 2))
         start += len(mask)
     return torch.cat(outputs, dim=1).to(dtype), None
 
@@ -64,16 +122,28 @@ def _fused_attention(
 
 
 def _matmul_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(q k^T scale + mask) v, the query heads that share a KV head as rows of one matmul."""
+    """softmax(cap(q k^T scale) + mask) v, the query heads that share a KV head as rows of one matmul."""
     (_, heads, n, d), kv_heads = q.shape, k.shape[1]
     scores = torch.bmm(q.reshape(kv_heads, -1, d) * scale, k[0].transpose(1, 2)).view(heads, n, n)
-    weights = scores.add_(mask).softmax(dim=-1)  # sums in fp32 inside the kernel
-    return torch.bmm(weights.view(kv_heads, -1, n), v[0]).view(1, heads, n, d)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    scores = scores.add_(mask)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(heads, 1, 1).expand(heads, n, 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., :n]  # sums in fp32 inside the kernel
+    return torch.bmm(weights.reshape(kv_heads, -1, n), v[0]).view(1, heads, n, v.shape[-1])
 
 
 AttentionInterface.register(NAME, trie_attention)
+AttentionMaskInterface.register(NAME, trie_rule)
 
 
 @contextmanager

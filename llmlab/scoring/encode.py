@@ -34,9 +34,9 @@ class Sequence:
 def encode(lm: LM, questions: list[Question]) -> list[Sequence]:
     """Tokenize every question with every ending.
 
-    Context and ending are tokenized *together* and split at the length of the context alone: where the tokenizer
-    would merge the last character of the context with the ending, the merged token belongs to whichever side the
-    count says (lm-evaluation-harness's rule; with `" "` between the two it does not happen for most tokenizers).
+    The context is tokenized alone, then with the ending: the ending's tokens are those behind as many as the context
+    has alone. Where the tokenizer merges across the border (": C" as one token), the model still reads the context's
+    own tokens, and the ending loses what the merge took (lm-evaluation-harness's rule, `_encode_pair`).
 
     Raises:
         InputError: a sequence is longer than the model's context, or an ending has no token; names the question.
@@ -46,16 +46,16 @@ def encode(lm: LM, questions: list[Question]) -> list[Sequence]:
         # A trailing space of the context belongs to the ending's first token.
         context = question.context.rstrip()
         gap = question.context[len(context) :] + " "
-        n_context = len(lm.encode(context))
+        before = lm.input_ids(context)
         for number, ending in enumerate(question.endings):
-            ids = lm.encode(context + gap + ending)
+            ids = before + lm.input_ids(context + gap + ending)[len(before) :]
             if len(ids) > lm.card.context_length:
                 raise InputError(
                     f"question {index} with ending {number} has {len(ids)} tokens, more than the context of "
                     f"{lm.card.context_length} tokens of {lm.name}: shorten or remove it."
                 )
-            if n_context == 0 or len(ids) == n_context:
-                part = "context" if n_context == 0 else f"ending {number}"
+            if not before or len(ids) == len(before):
+                part = f"ending {number}" if before else "context"
                 raise InputError(f"question {index}: its {part} has no token of its own; remove the question.")
-            sequences.append(Sequence(index, number, ids, n_context))
+            sequences.append(Sequence(index, number, ids, len(before)))
     return sequences

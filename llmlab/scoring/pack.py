@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from llmlab.base.paths import atomic, cache_folder
+from llmlab.base.paths import cache_folder, remember
 from llmlab.kernels.fast import machine
 from llmlab.model.lm import LM
 from llmlab.scoring.trie import Trie
@@ -60,8 +60,7 @@ class Profile:
             self.warm = True
         elif not self.complete and nodes > 0.6 * budget:  # the last pass of a job may be nearly empty
             self.rates.setdefault(budget, []).append(nodes / seconds)
-            with atomic(self.path) as path:
-                path.write_text(json.dumps({str(b): rates for b, rates in self.rates.items()}))
+            remember(self.path, json.dumps({str(b): rates for b, rates in self.rates.items()}))
 
 
 def profile(lm: LM) -> Profile:

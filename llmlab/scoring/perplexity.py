@@ -122,7 +122,7 @@ def perplexity(
     check_protocol(lm, context, stride, max_windows, batch_size)
     stride = context if stride is None else stride
     begin = time.perf_counter()
-    ids = torch.tensor(lm.encode(text))  # [tokens]
+    ids = torch.tensor(lm.input_ids(text))  # [tokens]
     if len(ids) < 2:
         raise InputError(f"the text has {len(ids)} tokens: perplexity needs at least two.")
     starts = list(range(0, max(1, len(ids) - context + 1), stride))[:max_windows]

@@ -133,7 +133,8 @@ def score(lm: LM, questions: list[Question], *, method: str = "shared", batch_si
     Args:
         lm: the model.
         questions: from `llmlab.data`, or your own, with any number of endings.
-        method: "shared" or "reference".
+        method: "shared" or "reference". A model for which "shared" is not exact (see `shared.serves`) is scored by
+            "reference" with a warning, and the result says so.
         batch_size: sequences a forward pass of the reference path.
 
     Raises:
@@ -145,16 +146,16 @@ def score(lm: LM, questions: list[Question], *, method: str = "shared", batch_si
     check_options(method, batch_size)
     begin = time.perf_counter()
     sequences = encode(lm, questions)
-    settings = {"method": method}
+    if method == "shared" and not shared.serves(lm, sequences):
+        method = "reference"
     with progress(len(sequences), f"scoring {questions[0].source}", "ending") as bar:
         begin_inference = time.perf_counter()
         if method == "shared":
             scores = shared.log_probs(lm, sequences, on_batch=_showing(bar, questions))
         else:
-            settings["batch_size"] = str(batch_size)
             scores = reference.log_probs(lm, sequences, batch_size=batch_size, on_batch=_showing(bar, questions))
         end = time.perf_counter()
-    return summarize(questions, sequences, scores, settings, (end - begin_inference, end - begin))
+    return summarize(questions, sequences, scores, scores.settings, (end - begin_inference, end - begin))
 
 
 def _showing(bar: tqdm[object], questions: list[Question]) -> OnBatch:

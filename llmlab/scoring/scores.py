@@ -37,12 +37,14 @@ class Scores:
     Attributes:
         log_probs: log-probability of each sequence's ending given its context, in nats.
         work: what that cost.
-        greedy: whether greedy decoding would write the ending; empty from the reference path, which does not look.
+        greedy: whether greedy decoding would write the ending.
+        settings: the path that ran: `method` "shared" or "reference", and the latter's `batch_size`.
     """
 
     log_probs: list[float]
     work: Work
     greedy: list[bool] = field(default_factory=list)
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 def check_finite(batch: list[Sequence], log_probs: list[float], number: int, dtype: str) -> None:

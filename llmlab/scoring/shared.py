@@ -10,6 +10,7 @@ padding, and the output head wherever nothing is asked for.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,15 @@ import torch
 
 from llmlab.kernels.plain import fastest_matmuls
 from llmlab.model.lm import LM
-from llmlab.scoring.attention import ancestor_mask, tries_attend
+from llmlab.model.selfcheck import Check, check, plain_logits, probe
+from llmlab.scoring import reference
+from llmlab.scoring.attention import TrieMasks, tries_attend
 from llmlab.scoring.encode import Sequence
 from llmlab.scoring.pack import profile, take
 from llmlab.scoring.scores import OnBatch, Scores, Work, check_finite
 from llmlab.scoring.trie import Trie, question_tries
 
+TRIES = "shared-prefix scoring"  # what its self-check is called
 SOFTMAX_ROWS = 64  # of logits at once: a few MB in fp32
 
 
@@ -31,6 +35,8 @@ def log_probs(
     lm: LM, sequences: list[Sequence], *, budget: int | None = None, on_batch: OnBatch | None = None
 ) -> Scores:
     """Score each sequence's ending given its context, in the order given.
+
+    A model for which that is not exact (see `serves`) is scored by the reference path.
 
     Args:
         lm: the model.
@@ -41,8 +47,41 @@ def log_probs(
     Raises:
         NumericalError: a log-probability is NaN or infinite; names the batch and the question.
     """
+    if not serves(lm, sequences):
+        return reference.log_probs(lm, sequences, on_batch=on_batch)
     with fastest_matmuls(lm.model):
         return score_tries(lm, sequences, question_tries(sequences), budget=budget, on_batch=on_batch)
+
+
+def serves(lm: LM, sequences: list[Sequence]) -> bool:
+    """Whether tries give this model's own numbers (see `trie_check`) for these sequences; warns if not."""
+    outcome = trie_check(lm)
+    problem = outcome.reason
+    if outcome.passed and max(len(s.ids) for s in sequences) > reference.rotary_limit(lm):
+        problem = "its rotary frequencies depend on a sequence's length"
+    if problem:
+        warnings.warn(f"{lm.name} is scored by the reference path: {problem}.", stacklevel=3)
+    return not problem
+
+
+def trie_check(lm: LM) -> Check:
+    """Tries of the probe in a row, against the plain forward pass."""
+    short, long = sorted(probe(lm), key=len)
+    # Every position is asked for: the whole row is an ending, but for its first token.
+    sequences = [Sequence(*at, [*ids, 0], 1) for at, ids in (((0, 0), short), ((1, 0), long), ((1, 1), short))]
+
+    def fast() -> torch.Tensor:
+        with tries_attend(lm), fastest_matmuls(lm.model):
+            batch = in_a_row(lm, question_tries(sequences))
+            logits: torch.Tensor = lm.model(**batch.model).logits[0]
+        numbers = torch.tensor([number for _, _, number in batch.scored])
+        return logits[torch.cat([batch.rows[numbers == number] for number in (1, 2, 0)]).to(logits.device)]
+
+    def plain() -> torch.Tensor:
+        logits = plain_logits(lm)
+        return torch.cat([logits, logits[-len(short) :]])
+
+    return check(lm, TRIES, fast, plain)
 
 
 @torch.inference_mode()
@@ -62,7 +101,8 @@ def score_tries(
             finished = totals.add(batch, lm.model(**batch.model).logits[0])
             if on_batch:
                 on_batch(*finished)
-    return Scores(totals.log_probs, Work(totals.nodes, totals.passes, totals.asked), totals.greedy)
+    work = Work(totals.nodes, totals.passes, totals.asked)
+    return Scores(totals.log_probs, work, totals.greedy, {"method": "shared"})
 
 
 @dataclass(frozen=True)
@@ -123,7 +163,9 @@ def in_a_row(lm: LM, tries: list[Trie], head_everywhere: bool = False) -> Batch:
     model = {
         "input_ids": torch.tensor([[i for t in tries for i in t.ids]], device=device),  # [1, nodes]
         "position_ids": torch.tensor([[d for t in tries for d in t.depths]], device=device),
-        "trie_masks": [ancestor_mask(trie, lm.model.dtype, device) for trie in tries],
+        # Nothing is padded. Without it transformers would take depths that begin anew for separate sequences.
+        "attention_mask": torch.ones(1, start, dtype=torch.long, device=device),
+        "trie_masks": TrieMasks(tries, lm.model.dtype, device),
         "use_cache": False,
         "logits_to_keep": nodes.to(device),  # the output head works only where a token is asked for
     }
