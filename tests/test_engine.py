@@ -138,13 +138,6 @@ def test_a_cache_that_is_full_says_so(tiny):
         engine.forward([[1]])
 
 
-def test_sliding_windows_are_refused(tiny_folders):
-    lm = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
-    lm.model.config.sliding_window = 8
-    with pytest.raises(InputError, match="windows of 8 tokens"):
-        Engine(lm)
-
-
 HALF_TAKEN = [torch.bfloat16] if onednn_takes(torch.bfloat16) else []
 
 

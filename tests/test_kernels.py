@@ -76,6 +76,29 @@ def test_the_crossover_is_measured_and_kept():
     assert module.crossover.cache_info().hits == 1
 
 
+@pytest.mark.parametrize("broken", [lambda x: torch.zeros(len(x), 64), lambda x: 1 / 0])
+def test_a_kernel_that_gives_other_numbers_is_not_used(broken, monkeypatch):
+    """It is tried once for each kind of matrix; then the plain product runs, and one warning says so."""
+    module.agrees.cache_clear()
+    monkeypatch.setattr(module, "choose_kernel", lambda linear: (INT4_CPU, broken))
+    linears = [packed(4, 32, rows=64), packed(4, 32, rows=64)]
+    with pytest.warns(UserWarning, match="torch int4 .CPU. .* for 4-bit weights in groups of 32") as caught:
+        for linear in linears:
+            linear.prepare(torch.float32)
+    assert len(caught) == 1
+    x = torch.randn(2, 128)
+    for linear in linears:
+        assert linear.kernel == REFERENCE
+        with pytest.warns(UserWarning, match="have no packed kernel"):
+            assert torch.equal(linear(x), linear.multiply_dequantized(x))
+    module.agrees.cache_clear()
+
+
+def test_packing_takes_a_scheme_for_its_bits():
+    made = rtn(torch.randn(32, 64), Scheme(3, 32))
+    assert torch.equal(QuantLinear.pack(made, Scheme(3, 32)).qweight, QuantLinear.pack(made, 3).qweight)
+
+
 @pytest.mark.slow
 def test_triton_equals_the_reference():
     """Under Triton's interpreter, which must be switched on before it is imported: hence a process of its own."""

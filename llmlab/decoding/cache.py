@@ -6,26 +6,31 @@ compiled. Nothing that a pass writes is kept until the engine says so: a rejecte
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol, TypedDict, Unpack
 
 import torch
 from transformers import AttentionInterface
 
+from llmlab.base.errors import InputError
 from llmlab.decoding.attend import attend
 from llmlab.kernels.plain import slow_on_cpu
 
 NAME = "llmlab_cache"
+# What transformers hands to attention that says nothing new: the mask, the queries and the keys hold it already.
+IMPLIED = {"dropout", "is_causal", "position_ids", "position_embeddings", "cache_position"}
 
 
 class Cache:
     """Static buffers for keys and values: [rows, kv_heads, capacity, d] a layer, made when a layer first writes.
 
     In fp32 where the processor is slow at half precision: attention then works in fp32, too (see `attend`).
-    `batch` rows are in use, the first ones; `lengths`: tokens held by each.
+    `batch` rows are in use, the first ones; `lengths`: tokens held by each. `window`: how many tokens, itself included,
+    a token sees in layers with a sliding window; None without such layers.
     """
 
-    def __init__(self, rows: int, capacity: int) -> None:
-        self.rows, self.capacity = rows, capacity
+    def __init__(self, rows: int, capacity: int, window: int | None = None) -> None:
+        self.rows, self.capacity, self.window = rows, capacity, window
         self.buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.clear(rows)
 
@@ -33,15 +38,17 @@ class Cache:
         """Begin anew with `batch` empty rows."""
         self.batch, self.lengths = batch, [0] * batch
 
-    def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer in the rows in use; `like` is what comes in, [batch, kv_heads, width, d]."""
+    def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer in the rows in use; `key`, `value`: what comes in, [batch, kv_heads, width, d]."""
         if index not in self.buffers:
-            shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
-            wide = like.device.type == "cpu" and slow_on_cpu(like.dtype)
-            dtype = torch.float32 if wide else like.dtype
-            self.buffers[index] = (like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype))
+            self.buffers[index] = (self._buffer(key), self._buffer(value))
         keys, values = self.buffers[index]
         return keys[: self.batch], values[: self.batch]
+
+    def _buffer(self, like: torch.Tensor) -> torch.Tensor:
+        wide = like.device.type == "cpu" and slow_on_cpu(like.dtype)
+        shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
+        return like.new_zeros(shape, dtype=torch.float32 if wide else like.dtype)
 
     @torch.inference_mode()
     def move(self, row: int, sources: list[int], to: int) -> None:
@@ -69,6 +76,7 @@ class PassInputs(NamedTuple):
         slots: [batch, width], the slot of each token, for several rows; else None.
         mask: [batch, 1, groups * width, seen], True where a token (below one another: the query heads of a KV head)
             sees a slot; None if every token sees all slots up to its own.
+        near: the same for layers with a sliding window; None if all that `mask` shows is near enough.
     """
 
     input_ids: torch.Tensor
@@ -76,12 +84,22 @@ class PassInputs(NamedTuple):
     start: torch.Tensor | None
     slots: torch.Tensor | None
     mask: torch.Tensor | None
+    near: torch.Tensor | None
 
 
 class Layer(Protocol):
     """What transformers' attention modules have."""
 
     layer_idx: int
+
+
+class Asked(TypedDict, total=False):
+    """What models ask of attention beside queries, keys and values, and this does."""
+
+    scaling: float | None
+    sliding_window: int | None  # a token sees so many, itself included
+    softcap: float | None  # see `attend`
+    s_aux: torch.Tensor | None  # sinks
 
 
 def cached_attention(
@@ -93,13 +111,33 @@ def cached_attention(
     *,
     static_cache: Cache,
     inputs: PassInputs,
-    scaling: float | None = None,
-    **_: object,
+    **asked: Unpack[Asked],
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: [batch, heads, width, d] queries to [batch, width, heads, d]."""
-    buffers = static_cache.layer(module.layer_idx, key)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, buffers, inputs.start, inputs.slots, inputs.mask, scale), None
+    """transformers' attention interface: [batch, heads, width, d] queries to [batch, width, heads, d].
+
+    Raises InputError for what a model asks of attention and this does not do.
+    """
+    window = asked.get("sliding_window")
+    _refuse(asked, attention_mask, window not in (None, static_cache.window))
+    buffers = static_cache.layer(module.layer_idx, key, value)
+    scale = asked.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    mask = inputs.mask if window is None or inputs.near is None else inputs.near
+    rows = query.shape[1] // key.shape[1] * query.shape[2]
+    if mask is not None and mask.shape[2] != rows:  # the config tells another number of KV heads
+        mask = mask[:, :, : query.shape[2]].repeat(1, 1, rows // query.shape[2], 1)
+    cap, sinks = asked.get("softcap") or 0.0, asked.get("s_aux")
+    return attend(query, key, value, buffers, inputs.start, inputs.slots, mask, scale, cap, sinks), None
+
+
+def _refuse(asked: Mapping[str, object], attention_mask: torch.Tensor | None, other_window: bool) -> None:
+    """Raise InputError for what is asked and not done."""
+    unknown = asked.keys() - Asked.__annotations__.keys() - IMPLIED
+    names = sorted(name for name in unknown if asked[name] is not None and asked[name] is not False)
+    if attention_mask is not None or other_window or asked.get("dropout") or asked.get("is_causal") is False:
+        names.append("a mask, window or dropout of its own")
+    if names:
+        raise InputError(f"its attention takes {', '.join(names)}: the static KV cache does not.")
 
 
 AttentionInterface.register(NAME, cached_attention)

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from llmlab.decoding.engine import Engine
+from llmlab.decoding.plain_engine import Decoder
 
 
 @dataclass
@@ -83,8 +84,8 @@ class Draft(Protocol):
     def engine(self) -> Engine | None:
         """The model that drafts, if one does."""
 
-    def begin(self, target: Engine, prompts: list[list[int]], room: int) -> None:
-        """Get ready for a batch; `room` tokens a row at most, drafted ones included."""
+    def begin(self, target: Decoder, prompts: list[list[int]], length: int) -> None:
+        """Get ready for a batch; a row gets `length` tokens at most, those of its prompt included."""
 
     def propose(self, contexts: list[list[int]], k: int, sampling: Sampling) -> list[Proposal]:
         """Up to `k` tokens (a tree: in depth) behind each row's context, its last token included."""

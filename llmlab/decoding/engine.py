@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,15 +17,21 @@ import torch
 from llmlab.base.errors import InputError
 from llmlab.decoding.cache import NAME, Cache, PassInputs
 from llmlab.decoding.timing import PassTimes
+from llmlab.decoding.visible import visible
 from llmlab.kernels import fewrows
-from llmlab.kernels.replay import Recorder
+from llmlab.kernels.replay import Recorder, sharded
 from llmlab.model.lm import LM
+from llmlab.model.selfcheck import check, plain_logits, probe, small_windows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 CHUNK = 512  # tokens of a prompt that go through the model at once
 WIDTHS = (1, 2, 3, 5, 9, 17)  # of a pass; others are padded to the next one, so that few shapes are recorded
+
+
+class NotServed(InputError):
+    """A model that the static cache does not serve exactly."""
 
 
 class Engine:
@@ -39,34 +46,85 @@ class Engine:
             pass of each shape takes up to a minute. By default they are recorded on CPU, which is faster there (see
             `record`), and run as they are on a GPU.
 
-    Raises InputError for models whose layers see a part of the past only (sliding windows).
+    Raises `NotServed` for a model for which these passes do not give the numbers of its plain forward pass (see
+    `selfcheck`); a draft on another's cache is not checked, since it is verified anyway.
     """
 
+    kind = "static KV cache"
+
     def __init__(self, lm: LM, *, cache_of: Engine | None = None, compile: bool = False) -> None:
-        config = copy.copy(lm.model.config)
-        if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-            raise InputError(f"{lm.name} attends within windows of {config.sliding_window} tokens: not supported.")
         self.lm = lm
-        self.model: PreTrainedModel = fewrows.shared_copy(lm.model)
-        config._attn_implementation = NAME
-        for module in self.model.modules():
-            if hasattr(module, "config"):
-                module.__dict__["config"] = config
-        fewrows.prepare(self.model, lm.model.dtype, pack=not compile)
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.groups = config.num_attention_heads // kv_heads
         self.device = lm.device
         self.owner = cache_of
         self.own_cache = Cache(0, 0)
         self.compile = compile
-        self.recorder = Recorder(self.model, compile=compile)
         self.times = PassTimes(WIDTHS if cache_of is None else WIDTHS[:1])  # on another's cache it goes token by token
         self._pending: list[list[int]] = []  # slots of the last pass, by row
+        if cache_of is None:
+            on_disk = not sharded(lm.model)
+            checked = check(
+                lm, f"the {self.kind}", self._probed, lambda: torch.cat([plain_logits(lm)] * 2), kept=on_disk
+            )
+            if not checked.passed:
+                raise NotServed(f"{lm.name}: {checked.reason}.")
+            self.__dict__.pop("model", None)  # made for the check, with short windows
+            self.own_cache = Cache(0, 0)
+        self.recorder = Recorder(self.model, compile=compile)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model with this attention and matrices joined; its weights are shared."""
+        model: PreTrainedModel = fewrows.shared_copy(self.lm.model)
+        configs: dict[int, PreTrainedConfig] = {}
+        for module in model.modules():
+            if hasattr(module, "config"):
+                config = configs.setdefault(id(module.config), copy.copy(module.config))
+                config._attn_implementation_internal = NAME  # the property would change the original's parts
+                module.__dict__["config"] = config
+        with torch.inference_mode(False):  # its tensors outlive the check
+            fewrows.prepare(model, self.lm.model.dtype, pack=not self.compile)
+        return model
+
+    @cached_property
+    def groups(self) -> int:
+        """Query heads that share a KV head."""
+        config = self.lm.model.config
+        heads: int = config.num_attention_heads
+        return heads // int(getattr(config, "num_key_value_heads", None) or heads)
+
+    def _probed(self) -> torch.Tensor:
+        """What is held against the plain forward pass's logits, twice."""
+        self.recorder = Recorder(self.model, compile=False)
+        self.recorder.records = False  # a recording is held against the pass that it records
+        with small_windows(self.model):
+            rows = probe(self.lm)
+            return torch.cat([*self._read(rows), *(self._read([ids])[0] for ids in rows)])
+
+    def _read(self, rows: list[list[int]]) -> list[torch.Tensor]:
+        """Logits [tokens, vocabulary] of rows read in two chunks, a step, and a tree with their last tokens."""
+        self.start(len(rows), max(map(len, rows)) + 2)
+        logits: list[list[torch.Tensor]] = [[] for _ in rows]
+        # The rows' chunks differ in length.
+        ends = [(0, len(ids) // (2 + row), len(ids) - 4, len(ids) - 3) for row, ids in enumerate(rows)]
+        for part in range(3):
+            chunk = [ids[end[part] : end[part + 1]] for ids, end in zip(rows, ends, strict=True)]
+            passed = self.forward(chunk)
+            self.keep([list(range(len(ids))) for ids in chunk])
+            for row, ids in enumerate(chunk):
+                logits[row].append(passed[row, : len(ids)])
+        tree = [[ids[-3], ids[-2], ids[-2], ids[-3], ids[-1]] for ids in rows]
+        passed = self.forward(tree, [[-1, -1, 0, 0, 2]] * len(rows))
+        return [torch.cat([*logits[row], passed[row, [0, 2, 4]]]) for row in range(len(rows))]
 
     @property
     def cache(self) -> Cache:
         """The cache in use."""
         return self.owner.cache if self.owner else self.own_cache
+
+    @property
+    def seconds_recording(self) -> float:
+        """Seconds spent on recording and compiling passes."""
+        return self.recorder.seconds
 
     @property
     def memory_bytes(self) -> int:
@@ -89,7 +147,8 @@ class Engine:
         cache = self.own_cache
         if batch > cache.rows or capacity > cache.capacity:
             # A little more than asked for, so that a slightly longer prompt needs no new ones.
-            self.own_cache = Cache(max(batch, cache.rows), -(-capacity // 128) * 128)
+            window = getattr(self.model.config, "sliding_window", None)
+            self.own_cache = Cache(max(batch, cache.rows), -(-capacity // 128) * 128, window)
         self.own_cache.clear(batch)
 
     @torch.inference_mode()
@@ -126,7 +185,10 @@ class Engine:
             return self.recorder.run(self._forward, inputs, self.cache)
         at = torch.tensor([max(0, len(ids) - 1) for ids in tokens])
         keep, where = torch.unique(at, return_inverse=True)
-        return self._forward(*inputs, logits_to_keep=keep.to(self.device))[torch.arange(len(tokens)), where]
+        logits = self._forward(*inputs, logits_to_keep=keep.to(self.device))
+        if logits.shape[1] != len(keep):  # some models give all
+            where = at
+        return logits[torch.arange(len(tokens)), where]
 
     def _forward(self, *tensors: torch.Tensor | None, logits_to_keep: int | torch.Tensor = 0) -> torch.Tensor:
         """The pass itself; what is recorded. `tensors` are those of a PassInputs."""
@@ -151,33 +213,21 @@ class Engine:
         input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in tokens])
         self._pending = [[n + i for i in range(width)] for n in past]
         alone = cache.batch == 1 and not fixed  # a row alone needs no slots, and one token of it no mask
-        if alone and width == 1:
-            positions, mask = torch.tensor([[n] for n in past]), None
+        far = cache.window is not None and seen > cache.window
+        if alone and width == 1 and not far:
+            positions, mask, near = torch.tensor([[n] for n in past]), None, None
         else:
-            positions, mask = self._visible(past, width, cache.capacity if fixed else seen, parents)
+            positions, *sees = visible(past, width, cache.capacity if fixed else seen, parents, cache.window)
+            mask, near = (None if s is None else s[:, None].repeat(1, 1, self.groups, 1).to(device) for s in sees)
         # Padding, and drafts that reach beyond the end, are not kept: their positions only have to exist.
         positions = positions.clamp_(max=self.lm.card.context_length - 1)
         start = torch.tensor(past[0]) if alone else None
         slots = None if alone else (torch.tensor(past)[:, None] + torch.arange(width)).to(device)
-        mask = None if mask is None else mask.to(device)
-        return PassInputs(input_ids.to(device), positions.to(device), start, slots, mask)
+        return PassInputs(input_ids.to(device), positions.to(device), start, slots, mask, near)
 
-    def _visible(
-        self, past: list[int], width: int, seen: int, parents: list[list[int]] | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions [batch, width] and the mask [batch, 1, groups * width, seen]."""
-        start, columns = torch.tensor(past)[:, None], torch.arange(seen)
-        place = torch.arange(width)
-        if parents is None:
-            positions = start + place
-            sees = columns <= positions[..., None]  # [batch, width, seen]: token i of row b sees slot j
-        else:
-            depths, inner = zip(*(_ancestors(row, width) for row in parents), strict=True)
-            positions = start + torch.stack(depths)
-            sees = (columns < start)[:, None].expand(-1, width, -1).clone()
-            slots = (start + place)[:, None].expand(-1, width, -1)  # [batch, width, width]
-            sees.scatter_(2, slots, torch.stack(inner))
-        return positions, sees[:, None].repeat(1, 1, self.groups, 1)
+    def select(self, rows: list[int]) -> None:
+        """Only these rows go on."""
+        self.cache.select(rows)
 
     def keep(self, kept: list[list[int]]) -> None:
         """Keep these tokens of the last pass, in this order; indices into each row's tokens."""
@@ -209,14 +259,3 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
-
-
-def _ancestors(parents: list[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Depth of each token below the past [width], and which tokens each sees within the pass [width, width]."""
-    depths = torch.zeros(width, dtype=torch.long)
-    sees = torch.eye(width, dtype=torch.bool)
-    for node, parent in enumerate(parents):
-        if parent >= 0:
-            depths[node] = depths[parent] + 1
-            sees[node] |= sees[parent]
-    return depths, sees

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -12,13 +14,26 @@ from llmlab.base.errors import InputError
 from llmlab.base.progress import progress
 from llmlab.decoding.draft import Draft, Sampling
 from llmlab.decoding.engine import Engine
-from llmlab.decoding.loop import Settings, Step
-from llmlab.decoding.model_draft import as_draft
+from llmlab.decoding.loop import Settings
+from llmlab.decoding.model_draft import MOST_K, ModelDraft, as_draft
+from llmlab.decoding.plain_engine import Decoder, engine_for
 from llmlab.decoding.result import Completion, GenerateResult
+from llmlab.decoding.text import text_until
 from llmlab.decoding.writer import Run, Writer
 from llmlab.model.lm import LM
 
 Drafts = Draft | LM | list[Draft | LM] | None
+
+# Settings of a generation_config that change which token follows, or where the text ends.
+ALWAYS = (
+    "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "suppress_tokens",
+    "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id",
+    "exponential_decay_length_penalty", "min_length", "min_new_tokens", "guidance_scale", "watermarking_config",
+    "token_healing", "num_beams", "stop_strings", "max_time",
+)  # fmt: skip
+WHEN_SAMPLING = ("top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+ONE = ("repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p")
+NEUTRAL = dict.fromkeys(ONE, 1)  # the value that changes nothing; 0 for the others
 
 
 def generate(
@@ -34,7 +49,7 @@ def generate(
     stop: list[str] | None = None,
     draft: Drafts = None,
     k: int | None = None,
-    engine: Engine | None = None,
+    engine: Decoder | None = None,
 ) -> GenerateResult:
     """Continue prompts. Greedy decoding at temperature 0, else sampling; a row ends at the model's end token.
 
@@ -54,16 +69,19 @@ def generate(
         k: tokens drafted for each pass; None adapts it to what is accepted and what it costs.
         engine: `Engine(lm)` of an earlier call, to save the time of making one.
 
+    A model for which `Engine` is not exact decodes through transformers' own passes, row by row and without drafts; a
+    warning and the result's `cache` say so.
+
     Raises:
         InputError: no or empty prompts, a setting out of range, a prompt that leaves no room in the context, or a draft
             that does not fit the model.
         NumericalError: the logits are not finite.
     """
-    check_settings(prompts, max_new_tokens, temperature, top_p, batch_size, stop, k)
+    check_settings(prompts, max_new_tokens, temperature, top_p, batch_size, stop, k, seed)
     begin = time.perf_counter()
     encoded = encode_prompts(lm, prompts, max_new_tokens=max_new_tokens, chat=chat)
     settings = decode_settings(lm, max_new_tokens, temperature, top_p, seed, stop, k)
-    writer = Writer(engine or Engine(lm), settings, as_drafts(lm, draft))
+    writer = _writer(lm, engine, settings, draft, settings.length(encoded))
     seconds_warmup = writer.warm_up(encoded, batch_size) if writer.drafts else 0.0
     runs: list[Run] = []
     with progress(len(prompts), "generating", "prompt") as bar:
@@ -83,9 +101,10 @@ def _result(
     lm, sampling = writer.engine.lm, writer.settings.sampling
     ids = [of_prompt for run in runs for of_prompt in run.ids]
     steps = [of_prompt for run in runs for of_prompt in run.steps]
-    rows = zip(prompts, ids, steps, strict=True)
+    rows = zip(prompts, encoded, ids, strict=True)
+    completions = [complete(lm, prompt, before, new, stop) for prompt, before, new in rows]
     return GenerateResult(
-        completions=[complete(lm, prompt, new, passes, stop) for prompt, new, passes in rows],
+        completions=[replace(c, steps=of_prompt) for c, of_prompt in zip(completions, steps, strict=True)],
         prompt_tokens=sum(map(len, encoded)),
         new_tokens=sum(map(len, ids)),
         decoded_tokens=sum(run.decoded for run in runs),
@@ -97,6 +116,7 @@ def _result(
         seed=sampling.generator.initial_seed(),
         draft=", then ".join(draft.name for draft in writer.drafts),
         speculation=runs[-1].speculation,
+        cache=writer.engine.kind,
         memory_bytes=writer.memory_bytes,
     )
 
@@ -113,16 +133,16 @@ def stream(
     stop: list[str] | None = None,
     draft: Drafts = None,
     k: int | None = None,
-    engine: Engine | None = None,
+    engine: Decoder | None = None,
 ) -> Iterator[str]:
     """The completion of one prompt, piece by piece as it comes; arguments as for `generate`.
 
     Raises what `generate` raises, before the first piece.
     """
-    check_settings([prompt], max_new_tokens, temperature, top_p, 1, stop, k)
+    check_settings([prompt], max_new_tokens, temperature, top_p, 1, stop, k, seed)
     encoded = encode_prompts(lm, [prompt], max_new_tokens=max_new_tokens, chat=chat)
     settings = decode_settings(lm, max_new_tokens, temperature, top_p, seed, stop, k)
-    passes = Writer(engine or Engine(lm), settings, as_drafts(lm, draft)).passes(encoded)
+    passes = _writer(lm, engine, settings, draft, settings.length(encoded)).passes(encoded)
 
     def pieces() -> Iterator[str]:
         ids: list[int] = []
@@ -130,17 +150,29 @@ def stream(
         hold = max(map(len, stop or []), default=0)  # the end of the text may become a stop string
         for after_pass in passes:
             ids += after_pass[0].tokens
-            text = complete(lm, prompt, ids, [], stop).text
+            text = complete(lm, prompt, encoded[0], ids, stop).text
             # An unfinished character decodes to U+FFFD until its last byte is there.
             ready = text[: max(0, len(text) - hold)] if not text.endswith("\ufffd") else said
             if len(ready) > len(said):
                 yield ready[len(said) :]
                 said = ready
-        text = complete(lm, prompt, ids, [], stop).text
+        text = complete(lm, prompt, encoded[0], ids, stop).text
         if len(text) > len(said):
             yield text[len(said) :]
 
     return pieces()
+
+
+def _writer(lm: LM, engine: Decoder | None, settings: Settings, draft: Drafts, length: int) -> Writer:
+    """Warns of what is asked for and left out: drafts, and settings of the model's generation_config."""
+    engine = engine or engine_for(lm)
+    if ignored := unapplied(lm, settings.sampling):
+        warnings.warn(f"{lm.name}'s generation_config asks for {ignored}: not applied.", stacklevel=3)
+    drafts = as_drafts(lm, draft) if isinstance(engine, Engine) else []
+    for model in drafts:
+        if isinstance(model, ModelDraft):
+            model.check(lm, length)
+    return Writer(engine, settings, drafts)
 
 
 def as_drafts(lm: LM, draft: Drafts) -> list[Draft]:
@@ -161,26 +193,25 @@ def decode_settings(
     """What the loop is told; arguments as for `generate`. A row ends at an end token or when a stop string is there."""
     ends = end_tokens(lm)
 
-    def finished(ids: list[int]) -> bool:
-        return ids[-1] in ends or any(text in lm.decode(ids) for text in stop or [])
+    def finished(prompt: list[int], new: list[int]) -> bool:
+        return new[-1] in ends or bool(stop and text_until(lm, prompt, new, stop)[1])
 
     sampling = Sampling(temperature, top_p, torch.Generator(device=lm.device).manual_seed(seed))
     return Settings(max_new_tokens, sampling, finished, k)
 
 
-def complete(lm: LM, prompt: str, ids: list[int], steps: list[Step], stop: Sequence[str] | None = None) -> Completion:
+def complete(lm: LM, prompt: str, before: list[int], new: list[int], stop: Sequence[str] | None) -> Completion:
     """A completion of new tokens: without the end token, its text without the stop string and what follows."""
-    stopped = bool(ids) and ids[-1] in end_tokens(lm)
-    kept = ids[:-1] if stopped else list(ids)
-    text = lm.decode(kept)
-    places = [text.find(s) for s in stop or [] if s in text]
-    return Completion(prompt, text[: min(places)] if places else text, kept, stopped or bool(places), steps)
+    ended = bool(new) and new[-1] in end_tokens(lm)
+    kept = new[:-1] if ended else list(new)
+    text, stopped = text_until(lm, before, kept, stop or [])
+    return Completion(prompt, text, kept, ended or stopped)
 
 
 def encode_prompts(lm: LM, prompts: list[str], *, max_new_tokens: int, chat: bool) -> list[list[int]]:
     """Token ids of each prompt. Raises InputError for one that is empty or leaves no room in the model's context."""
     # A chat template already writes the special tokens.
-    encoded = [lm.tokenizer.encode(lm.chat(p), add_special_tokens=False) if chat else lm.encode(p) for p in prompts]
+    encoded = [lm.input_ids(lm.chat(p) if chat else p, special_tokens=not chat) for p in prompts]
     for index, ids in enumerate(encoded):
         if not ids or len(ids) + max_new_tokens > lm.card.context_length:
             raise InputError(
@@ -200,26 +231,41 @@ def end_tokens(lm: LM) -> set[int]:
     return set(configured) if isinstance(configured, (list, tuple)) else {configured}
 
 
+def unapplied(lm: LM, sampling: Sampling) -> str:
+    """What the model's generation_config asks for that is not done here, as "name = value, ..."."""
+    config = lm.model.generation_config
+    names = [*ALWAYS, *(WHEN_SAMPLING if sampling.temperature > 0 else ())]
+    values = {name: getattr(config, name, None) for name in names}
+    return ", ".join(f"{n} = {v}" for n, v in values.items() if v not in (None, False, [], {}, NEUTRAL.get(n, 0)))
+
+
 def check_settings(
-    prompts: list[str],
+    prompts: Sequence[str],
     max_new_tokens: int,
     temperature: float,
     top_p: float,
     batch_size: int,
     stop: Sequence[str] | None = None,
     k: int | None = None,
+    seed: int = 0,
 ) -> None:
     """Raise InputError for settings that make no sense; needs no model, so it can come before loading one."""
+    if isinstance(prompts, str) or isinstance(stop, str):
+        raise InputError("prompts and stop strings come as lists of texts: put the one text in brackets.")
+    counts = {"new tokens": max_new_tokens, "batch size": batch_size, "k": k or 0, "seed": seed}
+    if wrong := [f"{name} {value!r}" for name, value in counts.items() if not isinstance(value, int)]:
+        raise InputError(f"{wrong[0]}: give a whole number.")
     empty = next((index for index, prompt in enumerate(prompts) if not prompt.strip()), None)
     complaints = {
         "there are no prompts: give at least one.": not prompts,
         f"prompt {empty} is empty.": empty is not None,
         f"{max_new_tokens} new tokens: give a positive number.": max_new_tokens < 1,
-        f"temperature {temperature}: give 0 (greedy) or more.": temperature < 0,
+        f"temperature {temperature}: give 0 (greedy) or more.": not 0 <= temperature < math.inf,
         f"top-p {top_p}: give a number above 0 and at most 1.": not 0 < top_p <= 1,
         f"batch size {batch_size}: give a positive number.": batch_size < 1,
         "an empty stop string would end everything at once: leave it out.": "" in (stop or []),
-        f"k = {k} drafted tokens: give 0 to 64, or none to adapt it.": k is not None and not 0 <= k <= 64,
+        f"k = {k} drafted tokens: give 0 to {MOST_K}, or none to adapt it.": k is not None and not 0 <= k <= MOST_K,
+        f"seed {seed}: give a number of 64 bits.": not -(2**63) <= seed < 2**64,
     }
     for complaint, holds in complaints.items():
         if holds:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from llmlab.base.errors import InputError
 from llmlab.decoding.draft import Proposal, Sampling
 from llmlab.decoding.engine import Engine
+from llmlab.decoding.plain_engine import Decoder
 
 
 class PromptLookup:
@@ -31,9 +32,9 @@ class PromptLookup:
         ] = []  # of each n-gram of a row: what follows it stands there
         self.read: list[int] = []  # tokens of each row that are in its index
 
-    def begin(self, target: Engine, prompts: list[list[int]], room: int) -> None:
+    def begin(self, target: Decoder, prompts: list[list[int]], length: int) -> None:
         """An index of n-grams for each row, empty."""
-        del target, room
+        del target, length
         self.places = [{} for _ in prompts]
         self.read = [0] * len(prompts)
 

@@ -13,8 +13,8 @@ import torch
 from llmlab.base.errors import NumericalError
 from llmlab.decoding.cost import Tally, plain_seconds
 from llmlab.decoding.draft import Draft, Proposal, Sampling
-from llmlab.decoding.engine import Engine
 from llmlab.decoding.pace import MOST, Pace, Row
+from llmlab.decoding.plain_engine import Decoder
 from llmlab.decoding.verify import verify
 
 
@@ -44,23 +44,27 @@ class Settings:
     Attributes:
         max_new_tokens: at most so many for each row.
         sampling: how tokens are chosen.
-        finished: told all new tokens of a row, whether it ends with the last of them.
+        finished: told a row's prompt and all its new tokens, whether it ends with the last of them.
         k: drafted tokens (a tree: depth) a pass; None adapts it to acceptance and cost, down to none at all.
     """
 
     max_new_tokens: int
     sampling: Sampling
-    finished: Callable[[list[int]], bool]
+    finished: Callable[[list[int], list[int]], bool]
     k: int | None = None
 
+    def length(self, prompts: list[list[int]]) -> int:
+        """Tokens of the longest row, prompt and new ones."""
+        return max(map(len, prompts)) + self.max_new_tokens
+
     def room(self, prompts: list[list[int]]) -> int:
-        """Tokens that a row of the cache must hold: prompt, new tokens and a tree of drafted ones."""
-        return max(map(len, prompts)) + self.max_new_tokens + (MOST if self.k is None else self.k) * 4 + 2
+        """Tokens that a row of the cache must hold: those and a tree of drafted ones."""
+        return self.length(prompts) + (MOST if self.k is None else self.k) * 4 + 2
 
 
 @torch.inference_mode()
 def decode(
-    engine: Engine,
+    engine: Decoder,
     prompts: list[list[int]],
     settings: Settings,
     drafts: Sequence[Draft] = (),
@@ -77,16 +81,16 @@ def decode(
 
     Raises NumericalError if logits are not finite.
     """
-    room, tally = settings.room(prompts), tally or Tally()
+    tally = tally or Tally()
     rows = everyone = [Row(number, ids, settings.max_new_tokens) for number, ids in enumerate(prompts)]
     pace = Pace(engine, drafts, settings.k)
-    engine.start(len(prompts), room)
+    engine.start(len(prompts), settings.room(prompts))
     logits = engine.prefill(prompts)
     _best(logits, engine)
     firsts = [verify(Proposal(), logits[row.number, None], settings.sampling)[1] for row in rows]
     yield {row.number: _give(row, Step("", [], [], 0, [firsts[row.number]]), settings) for row in rows}
     for draft in drafts:
-        draft.begin(engine, prompts, room)
+        draft.begin(engine, prompts, settings.length(prompts))
     while any(row.open for row in rows):
         rows = _without_ended(rows, engine, drafts)
         proposals = pace.propose(rows, settings.sampling)
@@ -105,13 +109,13 @@ def _give(row: Row, step: Step, settings: Settings) -> Step:
     """Give a row its tokens, up to where it ends; the step as far as it counts."""
     for count, token in enumerate(step.tokens, start=1):
         row.new.append(token)
-        if settings.finished(row.new) or len(row.new) >= row.limit:
+        if settings.finished(row.prompt, row.new) or len(row.new) >= row.limit:
             row.open = False
             return replace(step, accepted=min(step.accepted, count), tokens=step.tokens[:count])
     return step
 
 
-def _without_ended(rows: list[Row], engine: Engine, drafts: Sequence[Draft]) -> list[Row]:
+def _without_ended(rows: list[Row], engine: Decoder, drafts: Sequence[Draft]) -> list[Row]:
     """Leave rows out that have ended, once half of them have.
 
     Until then they go along, idle: a batch of another size is another shape to record.
@@ -119,13 +123,13 @@ def _without_ended(rows: list[Row], engine: Engine, drafts: Sequence[Draft]) -> 
     still = [place for place, row in enumerate(rows) if row.open]
     if 2 * len(still) > len(rows):
         return rows
-    engine.cache.select(still)
+    engine.select(still)
     for draft in drafts:
         draft.select(still)
     return [rows[place] for place in still]
 
 
-def _verified(engine: Engine, rows: list[Row], proposals: list[Proposal], sampling: Sampling) -> dict[int, Step]:
+def _verified(engine: Decoder, rows: list[Row], proposals: list[Proposal], sampling: Sampling) -> dict[int, Step]:
     """One pass over what was drafted; what it brings each open row, by the row's number."""
     tokens = [[row.new[-1], *p.tokens] for row, p in zip(rows, proposals, strict=True)]
     trees = not all(p.is_chain for p in proposals)
@@ -144,7 +148,7 @@ def _verified(engine: Engine, rows: list[Row], proposals: list[Proposal], sampli
     return steps
 
 
-def _best(logits: torch.Tensor, engine: Engine) -> list[list[int]]:
+def _best(logits: torch.Tensor, engine: Decoder) -> list[list[int]]:
     """The argmax of each row, [batch][width] or [batch]. Raises NumericalError for NaN and infinity: they are it."""
     best = logits.argmax(dim=-1)
     if not torch.isfinite(logits.gather(-1, best[..., None])).all():

@@ -5,8 +5,11 @@ from __future__ import annotations
 from llmlab.base.errors import InputError
 from llmlab.decoding.draft import Draft, Proposal, Sampling
 from llmlab.decoding.engine import Engine
+from llmlab.decoding.plain_engine import Decoder
 from llmlab.decoding.self_draft import SelfDraft, draft_chain
 from llmlab.model.lm import LM
+
+MOST_K = 64  # tokens that may be drafted at once
 
 
 class ModelDraft:
@@ -18,17 +21,22 @@ class ModelDraft:
         self.lm = lm
         self.name = f"draft {lm.name}"
         self.engine = Engine(lm)
+        self.vocabulary = lm.card.vocab_size  # of the model that verifies
         self.seen: list[list[int]] = []  # tokens of each row that stand in its cache
 
-    def begin(self, target: Engine, prompts: list[list[int]], room: int) -> None:
-        """Reads the prompts. Raises InputError for another tokenizer."""
-        check_tokenizers(target.lm, self.lm)
-        if room > self.lm.card.context_length + 64:
-            raise InputError(
-                f"the draft {self.lm.name} has a context of {self.lm.card.context_length} tokens, the job needs {room}."
-            )
-        self.engine.start(len(prompts), room)
-        self.engine.prefill(prompts)
+    def check(self, target: LM, length: int) -> None:
+        """Raise InputError for another tokenizer, or a context of less than `length` tokens."""
+        check_tokenizers(target, self.lm)
+        context = self.lm.card.context_length
+        if length > context:
+            raise InputError(f"the draft {self.lm.name} has a context of {context} tokens, the job needs {length}.")
+
+    def begin(self, target: Decoder, prompts: list[list[int]], length: int) -> None:
+        """Reads the prompts. Raises what `check` raises."""
+        self.check(target.lm, length)
+        self.vocabulary = target.lm.model.get_output_embeddings().weight.shape[0]
+        self.engine.start(len(prompts), length + MOST_K)
+        self.engine.prefill([self._known(ids) for ids in prompts])
         self.seen = [list(ids) for ids in prompts]
 
     def propose(self, contexts: list[list[int]], k: int, sampling: Sampling) -> list[Proposal]:
@@ -41,17 +49,22 @@ class ModelDraft:
             same = next((i for i in range(max(0, stop - 64), stop) if seen[i] != ids[i]), stop)
             self.engine.cache.lengths[row] = same
             self.seen[row] = list(ids)
-            fresh.append(ids[same:])
-        proposals = draft_chain(self.engine, fresh, k, sampling, self.name, keep=True)
+            fresh.append(self._known(ids[same:]))
+        proposals = draft_chain(self.engine, fresh, k, sampling, self.name, vocabulary=self.vocabulary)
         for row, proposal in enumerate(proposals):
             # What was drafted behind the context stands in the cache, its last token excepted.
             self.engine.cache.lengths[row] += len(proposal.tokens) - 1
             self.seen[row] = self.seen[row] + proposal.tokens[:-1]
         return proposals
 
+    def _known(self, ids: list[int]) -> list[int]:
+        """The same ids, those that the draft has no embedding for replaced: they are padding, which no text holds."""
+        size = self.lm.model.get_input_embeddings().weight.shape[0]
+        return [min(token, size - 1) for token in ids]
+
     def select(self, rows: list[int]) -> None:
         """Only these rows go on."""
-        self.engine.cache.select(rows)
+        self.engine.select(rows)
         self.seen = [self.seen[row] for row in rows]
 
     def seconds(self) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from llmlab.decoding.cost import Rate, best_depth, best_k, worth
 from llmlab.decoding.draft import Draft, Proposal, Sampling
-from llmlab.decoding.engine import Engine
+from llmlab.decoding.plain_engine import Decoder
 
 MOST = 16  # drafted tokens a row where k adapts
 PROBE = 24  # passes without a costly draft after which it is tried again
@@ -66,7 +66,7 @@ class Pace:
         k: drafted tokens (a tree: depth) a pass; None adapts it to acceptance and cost, down to none at all.
     """
 
-    def __init__(self, engine: Engine, drafts: Sequence[Draft], k: int | None) -> None:
+    def __init__(self, engine: Decoder, drafts: Sequence[Draft], k: int | None) -> None:
         self.engine, self.drafts, self.k = engine, drafts, k
         self.idle = 0  # passes since a costly draft was asked
         self.draft_seconds = 0.0  # predicted for the drafts of the last proposals

@@ -39,6 +39,7 @@ class GenerateResult:
         seconds_warmup: measuring, recording and compiling passes; not in the other times but the total.
         draft: what drafted tokens; empty for plain decoding.
         speculation: what was drafted and accepted, and what the cost model says; None for plain decoding.
+        cache: what kept the past: the static KV cache, or transformers' own where that is not exact for the model.
         memory_bytes: what the engine and its drafts held: weights, copies of them in other layouts, caches.
     """
 
@@ -57,6 +58,7 @@ class GenerateResult:
     seconds_total: float = 0.0
     draft: str = ""
     speculation: Tally | None = None
+    cache: str = "static KV cache"
     memory_bytes: int | None = None
     task: str = "generate"
     data: str = "prompts"
@@ -91,7 +93,7 @@ class GenerateResult:
         """How the numbers came about, in one line."""
         how = "greedy" if self.temperature == 0 else f"temperature {self.temperature}, top-p {self.top_p}"
         drafting = f", draft: {self.draft}" if self.draft else ""
-        return f"{how}, batch size {self.batch_size}, static KV cache{drafting}, tokens counted from ids"
+        return f"{how}, batch size {self.batch_size}, {self.cache}{drafting}, tokens counted from ids"
 
     def metrics(self) -> dict[str, Metric]:
         """The measurements with their units, for a Record."""

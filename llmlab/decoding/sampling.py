@@ -19,7 +19,9 @@ def next_token_probs(logits: torch.Tensor, temperature: float, top_p: float) -> 
     Returns:
         [batch, vocabulary] fp32, rows sum to 1.
     """
-    probs = (logits.float() / temperature).softmax(dim=-1)
+    # From the largest one down: so the lowest temperatures, too, give numbers.
+    below = logits.float() - logits.amax(dim=-1, keepdim=True).float()
+    probs = (below / max(temperature, 1e-30)).softmax(dim=-1)
     if top_p >= 1:
         return probs
     sorted_probs, order = probs.sort(dim=-1, descending=True)

@@ -11,6 +11,7 @@ import torch
 from llmlab.base.errors import InputError
 from llmlab.decoding.draft import Proposal, Sampling
 from llmlab.decoding.engine import Engine
+from llmlab.decoding.plain_engine import Decoder
 from llmlab.decoding.sampling import next_token_probs
 from llmlab.model.lm import LM
 
@@ -29,11 +30,12 @@ class SelfDraft:
         self.name = f"self, {lm.transformation}"
         self.engine: Engine | None = None
 
-    def begin(self, target: Engine, prompts: list[list[int]], room: int) -> None:
+    def begin(self, target: Decoder, prompts: list[list[int]], length: int) -> None:
         """Takes the cache of `target`."""
-        del prompts, room
+        del prompts, length
         own, other = self.lm.card, target.lm.card
-        if (own.layers, own.kv_heads, own.head_dim) != (other.layers, other.kv_heads, other.head_dim):
+        same = (own.layers, own.kv_heads, own.head_dim) == (other.layers, other.kv_heads, other.head_dim)
+        if not same or not isinstance(target, Engine):
             raise InputError(f"{self.lm.name} is not a version of {target.lm.name}: give it as a model draft.")
         if self.engine is None or self.engine.owner is not target:
             self.engine = Engine(self.lm, cache_of=target)
@@ -53,16 +55,22 @@ class SelfDraft:
 
 
 def draft_chain(
-    engine: Engine, fresh: list[list[int]], k: int, sampling: Sampling, name: str, *, keep: bool = False
+    engine: Engine, fresh: list[list[int]], k: int, sampling: Sampling, name: str, *, vocabulary: int | None = None
 ) -> list[Proposal]:
-    """Draft k tokens behind each row's fresh ones, which stay in the cache if `keep`, a pass a token."""
+    """Draft k tokens behind each row's fresh ones, a pass a token.
+
+    `vocabulary`: of the model that verifies, for a draft with a cache of its own, in which the fresh ones stay. Models
+    with one tokenizer may pad theirs to different sizes: what the draft lacks it never drafts, nor what it has alone.
+    """
     tokens, ahead = fresh, 0
     drafted: list[torch.Tensor] = []
     probs: list[torch.Tensor] = []
     for _ in range(k):
         logits = engine.forward(tokens, ahead=ahead)  # [batch, width, vocabulary]
         logits = logits[torch.arange(len(tokens)), [len(ids) - 1 for ids in tokens]]  # [batch, vocabulary]
-        if keep and not drafted:
+        if vocabulary is not None and logits.shape[-1] != vocabulary:
+            logits = torch.nn.functional.pad(logits, (0, vocabulary - logits.shape[-1]), value=float("-inf"))
+        if vocabulary is not None and not drafted:
             engine.keep([list(range(len(ids))) for ids in tokens])
         else:
             ahead += 1

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from llmlab.decoding.cost import Tally
 from llmlab.decoding.draft import Draft
-from llmlab.decoding.engine import Engine, storage_bytes
+from llmlab.decoding.engine import storage_bytes
 from llmlab.decoding.loop import Settings, Step, decode
+from llmlab.decoding.plain_engine import Decoder
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Run:
 class Writer:
     """A model with its drafts (maybe none) and how it decodes; `tally` counts over all batches."""
 
-    engine: Engine
+    engine: Decoder
     settings: Settings
     drafts: list[Draft] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
@@ -49,11 +50,11 @@ class Writer:
 
         The cost model needs them, and no clock should run meanwhile.
         """
-        begin, room, batch = time.perf_counter(), self.settings.room(prompts), min(batch_size, len(prompts))
-        self.engine.start(batch, room)
-        self.engine.profile()
+        begin, batch = time.perf_counter(), min(batch_size, len(prompts))
+        self.engine.start(batch, self.settings.room(prompts))
+        self.engine.seconds(1)
         for draft in self.drafts:
-            draft.begin(self.engine, [[0]] * batch, room)
+            draft.begin(self.engine, [[0]] * batch, self.settings.length(prompts))
             draft.seconds()
         return time.perf_counter() - begin
 
@@ -82,8 +83,8 @@ class Writer:
         """Bytes that the model and its drafts hold: weights, copies of them and caches."""
         return storage_bytes(tensor for engine in self._engines() for tensor in engine.tensors())
 
-    def _engines(self) -> list[Engine]:
+    def _engines(self) -> list[Decoder]:
         return [engine for engine in (self.engine, *(draft.engine for draft in self.drafts)) if engine]
 
     def _seconds_recording(self) -> float:
-        return sum(engine.recorder.seconds for engine in self._engines())
+        return sum(engine.seconds_recording for engine in self._engines())

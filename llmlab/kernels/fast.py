@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from llmlab.base.clock import rounds
-from llmlab.base.paths import atomic, cache_folder
+from llmlab.base.paths import cache_folder, remember
 from llmlab.kernels.plain import HALF, LIBRARIES, libraries, onednn_linear, onednn_takes, random_linear
 from llmlab.kernels.torch_packed import Int4Product, Int8Product, Multiply
 
@@ -65,12 +65,8 @@ def table() -> Table:
         return {Product(*key): float(value) for key, value in json.loads(path.read_text())["weights_per_second"]}
     except (OSError, ValueError, TypeError, KeyError):  # never measured, or not ours
         measured = measure()
-    try:
-        with atomic(path) as temporary:
-            pairs = [[[p.weights, p.rows, p.library], value] for p, value in measured.items()]
-            temporary.write_text(json.dumps({"machine": _description(), "weights_per_second": pairs}))
-    except OSError:
-        pass  # a cache that cannot be written costs the next process these seconds again, nothing else
+    pairs = [[[p.weights, p.rows, p.library], value] for p, value in measured.items()]
+    remember(path, json.dumps({"machine": _description(), "weights_per_second": pairs}))
     return measured
 
 

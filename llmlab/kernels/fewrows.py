@@ -92,7 +92,8 @@ class TwoWays(torch.nn.Module, ABC):
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self._forward_hooks = linear._forward_hooks  # tensor parallelism's all-reduce
+        # Tensor parallelism's: a rank's part of the inputs, the all-reduce of the outputs.
+        self._forward_pre_hooks, self._forward_hooks = linear._forward_pre_hooks, linear._forward_hooks
         self.rows_of_torch = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -167,12 +168,16 @@ class Joined(torch.nn.Module):
         super().__init__()
         self.matrix, self.sizes = matrix, sizes
         self.waiting: dict[int, torch.Tensor] = {}  # products that have not been asked for yet
+        self.x: torch.Tensor | None = None  # of which these are
 
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """What the Linear of this number makes of the input that all of them get."""
-        if index not in self.waiting:
-            self.waiting = dict(enumerate(self.matrix(x).split(self.sizes, dim=-1)))
-        return self.waiting.pop(index)
+        """What the Linear of this number makes of x; all of them get the same in turn."""
+        if index not in self.waiting or x is not self.x:
+            self.waiting, self.x = dict(enumerate(self.matrix(x).split(self.sizes, dim=-1))), x
+        product = self.waiting.pop(index)
+        if not self.waiting:
+            self.x = None
+        return product
 
 
 class Part(torch.nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import Protocol
 
 import torch
 
@@ -22,6 +23,14 @@ INT8_CPU = "torch int8 (CPU)"
 TRITON = "Triton W4A16"
 ROUNDED_ROWS = 32  # rows that are rounded to bf16 where that is not the dtype: decoding; scoring stays exact
 DECODE_ROWS = 8  # up to here a step is bound by reading the weights
+TOLERANCE = 0.02  # relative error of a packed product: bf16 has 8 bits
+
+
+class HasBits(Protocol):
+    """A quantization scheme, as far as packing needs it."""
+
+    @property
+    def bits(self) -> int: ...
 
 
 class QuantLinear(torch.nn.Module):
@@ -54,8 +63,9 @@ class QuantLinear(torch.nn.Module):
         self.limit = 0  # rows up to which `fast` serves
 
     @classmethod
-    def pack(cls, quantized: Quantized, bits: int, bias: torch.Tensor | None = None) -> QuantLinear:
-        """From a quantized matrix."""
+    def pack(cls, quantized: Quantized, bits: int | HasBits, bias: torch.Tensor | None = None) -> QuantLinear:
+        """From a quantized matrix; `bits` or the scheme that has them."""
+        bits = bits if isinstance(bits, int) else bits.bits
         rows, columns = quantized.codes.shape
         self = cls(columns, rows, bits, quantized.scales.shape[1], bias is not None)
         self.qweight = pack(quantized.codes.T, bits)
@@ -95,8 +105,15 @@ class QuantLinear(torch.nn.Module):
         return bool(torch.equal(self.g_idx.long(), expected))
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """Choose the kernel for this device, pack for it, and measure up to how many rows of `dtype` it is faster."""
+        """Choose the kernel for this device, pack for it, and measure up to how many rows of `dtype` it is faster.
+
+        A kernel that does not give the plain product's numbers here is not used, with one warning.
+        """
         self.kernel, self.fast = choose_kernel(self)
+        size, odd = self.in_features // self.groups, self.out_features % 64
+        kind = (self.bits, size, self.groups > 1, self.sequential, odd)
+        if self.fast and not agrees(self.kernel, kind, dtype, self.qweight.device):
+            self.kernel, self.fast = REFERENCE, None
         self.limit = crossover(self.in_features, self.out_features, self.bits, dtype, self.kernel) if self.fast else 0
         if dtype != torch.bfloat16 and self.kernel in (INT4_CPU, INT8_CPU):
             self.limit = min(self.limit, ROUNDED_ROWS)
@@ -184,7 +201,8 @@ def crossover(in_features: int, out_features: int, bits: int, dtype: torch.dtype
     """Rows of `dtype` up to which the kernel beats dequantizing to a matmul, measured on a matrix of this shape."""
     if kernel == TRITON:
         return 64  # about where a GPU's matmul stops being bound by memory traffic
-    _, fast = choose_kernel(linear := _random(in_features, out_features, bits))
+    size = in_features if bits == 8 else 32
+    _, fast = choose_kernel(linear := _random(in_features, out_features, bits, size))
     assert fast is not None
     best = 1
     for rows in (4, 16, 64, 256):
@@ -196,12 +214,48 @@ def crossover(in_features: int, out_features: int, bits: int, dtype: torch.dtype
     return best
 
 
-def _random(in_features: int, out_features: int, bits: int) -> QuantLinear:
-    groups = 1 if bits == 8 else in_features // 32
+Kind = tuple[int, int, bool, bool, int]  # bits, group size, several groups, groups in a row, outputs beyond 64s
+
+
+@functools.cache
+def agrees(kernel: str, kind: Kind, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a kernel multiplies rows of `dtype` as the plain product does, tried on a small random matrix.
+
+    Once a process for each kind of matrix; warns where it does not.
+    """
+    bits, size, several, sequential, odd = kind
+    with torch.random.fork_rng(devices=[]):  # a caller's seeds stay what they were
+        linear = _random(size * (4 if several else 1), 64 + odd, bits, size, sequential)
+        if kernel != INT8_CPU:  # which takes no other zero point than the middle
+            linear.qzeros = pack(torch.randint(0, (1 << bits) - 1, linear.scales.T.shape), bits).T.contiguous()
+        x = torch.randn(3, linear.in_features).to(dtype)
+    exact = (x.double() @ linear.dequantize(torch.float32).double().T).to(device)
+    linear, x = linear.to(device), x.to(device)
+    try:
+        _, fast = choose_kernel(linear)
+        error = float((fast(x).double() - exact).norm() / exact.norm()) if fast else float("inf")
+    except Exception as problem:  # a kernel's compiler or library may raise anything
+        error, reason = float("inf"), f"fails ({type(problem).__name__}: {' '.join(str(problem).split())[:120]})"
+    else:
+        reason = f"gives other numbers than the plain product (relative error {error:.2g})"
+    if error <= TOLERANCE:
+        return True
+    warnings.warn(
+        f"{kernel} {reason} for {bits}-bit weights in groups of {size} and {str(dtype).removeprefix('torch.')} on this "
+        f"{device.type}: such weights are unpacked for every product, which is exact but slow.",
+        stacklevel=2,
+    )
+    return False
+
+
+def _random(in_features: int, out_features: int, bits: int, size: int, sequential: bool = True) -> QuantLinear:
+    groups = in_features // size
     codes = torch.randint(0, 1 << bits, (out_features, in_features), dtype=torch.uint8)
     zeros = torch.full((out_features, groups), 1 << (bits - 1), dtype=torch.uint8)
-    g_idx = (torch.arange(in_features) // (in_features // groups)).int()
-    return QuantLinear.pack(Quantized(codes, torch.rand(out_features, groups).half(), zeros, g_idx), bits)
+    columns = torch.arange(in_features) if sequential else torch.randperm(in_features)
+    return QuantLinear.pack(
+        Quantized(codes, torch.rand(out_features, groups).half(), zeros, (columns // size).int()), bits
+    )
 
 
 def quant_linears(model: torch.nn.Module) -> list[QuantLinear]:
@@ -210,6 +264,7 @@ def quant_linears(model: torch.nn.Module) -> list[QuantLinear]:
 
 
 def prepare(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Choose a kernel for every QuantLinear of a model (see `QuantLinear.prepare`)."""
+    """Choose a kernel for every QuantLinear of a model that is not empty (see `QuantLinear.prepare`)."""
     for linear in quant_linears(model):
-        linear.prepare(dtype)
+        if linear.qweight.numel():
+            linear.prepare(dtype)
