@@ -141,12 +141,12 @@ def test_bad_schemes_say_what_would_do():
         Scheme(5).check()
     with pytest.raises(InputError, match="group size 0"):
         Scheme(4, 0).check()
-    with pytest.raises(
-        InputError, match=r"128 does not divide the 576 input columns of q_proj: choose one of 16, 32, 64"
-    ):
-        Scheme(4, 128).check({"q_proj": torch.nn.Linear(576, 64)})
-    with pytest.raises(InputError, match="multiples of 32"):
-        Scheme(4, -1).check({"odd": torch.nn.Linear(40, 64)})
+    assert (
+        Scheme(4, 128).misfit(64, 576)
+        == "whose 576 input columns 128 does not divide: choose groups of 16, 32, 64 or -1"
+    )
+    assert "packs 32 weights at a time" in Scheme(4, -1).misfit(64, 40)
+    assert Scheme(4, -1).misfit(64, 96) is None
     with pytest.raises(InputError, match="damping"):
         Scheme(4, damping=0).check()
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from llmlab.base.errors import InputError
 from llmlab.base.paths import atomic
 from llmlab.kernels.packed_linear import QuantLinear
+from llmlab.model.matrices import matrices, matrix_of
 
 
 class FinishedLayers:
@@ -44,12 +45,13 @@ class FinishedLayers:
             save_file({name: tensor.contiguous() for name, tensor in layer.state_dict().items()}, path)
 
     def read(self, index: int, layer: torch.nn.Module, bits: int) -> None:
-        """Turn the plain layer `index` into the one that was kept."""
+        """Turn the plain layer `index`, its experts split, into the one that was kept."""
         tensors = load_file(self._file(index))
-        for name, linear in list(layer.named_modules()):
-            if type(linear) is torch.nn.Linear:
+        for name, module in matrices(layer).items():
+            if f"{name}.scales" in tensors:
                 groups, rows = tensors[f"{name}.scales"].shape
-                layer.set_submodule(name, QuantLinear(linear.in_features, rows, bits, groups, linear.bias is not None))
+                columns = matrix_of(module).shape[1]
+                layer.set_submodule(name, QuantLinear(columns, rows, bits, groups, module.bias is not None))
         layer.load_state_dict(tensors)
 
     def _file(self, index: int) -> Path:

@@ -34,6 +34,7 @@ class Scheme:
         search: find each grid by a search over shrunken ranges (least error weighted by the activations) instead of
             taking the range of the weights.
         damping: added to the Hessian's diagonal, as a share of its mean.
+        at_least: share of the layers' weights that must be in matrices that can be packed; else it is refused.
     """
 
     bits: int = 4
@@ -43,6 +44,7 @@ class Scheme:
     static_groups: bool = True
     search: bool = True
     damping: float = 0.01
+    at_least: float = 0.9
 
     @property
     def levels(self) -> int:
@@ -53,27 +55,23 @@ class Scheme:
         """Group size of a Linear with that many input columns."""
         return columns if self.group_size == -1 else self.group_size
 
-    def check(self, linears: dict[str, torch.nn.Linear] | None = None) -> None:
-        """Raise InputError for settings that make no sense, or that do not fit one of the named Linears."""
+    def check(self) -> None:
+        """Raise InputError for settings that make no sense."""
         if self.bits not in BITS:
             raise InputError(f"{self.bits} bits: choose one of {', '.join(map(str, BITS))}.")
         if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
             raise InputError(f"group size {self.group_size}: choose -1 (a whole row) or a multiple of 8 such as 64.")
         if not 0 < self.damping < 1:
             raise InputError(f"damping {self.damping}: choose a share between 0 and 1, such as 0.01.")
-        for name, linear in (linears or {}).items():
-            columns, rows = linear.in_features, linear.out_features
-            if columns % self.columns_per_group(columns):
-                fitting = [g for g in (16, 32, 64, 128, 256) if columns % g == 0]
-                raise InputError(
-                    f"group size {self.group_size} does not divide the {columns} input columns of {name}: choose one "
-                    f"of {', '.join(map(str, fitting))} or -1."
-                )
-            if columns % 32 or rows % 32:
-                raise InputError(
-                    f"{name} is {rows} x {columns}: the checkpoint format packs 32 weights at a time, so both must be "
-                    "multiples of 32."
-                )
+
+    def misfit(self, rows: int, columns: int) -> str | None:
+        """Why a matrix of this shape cannot be packed; None if it can."""
+        if columns % 32 or rows % 32:
+            return f"{rows} x {columns}, while the checkpoint format packs 32 weights at a time"
+        if columns % self.columns_per_group(columns):
+            fitting = ", ".join(str(g) for g in (16, 32, 64, 128, 256) if columns % g == 0)
+            return f"whose {columns} input columns {self.group_size} does not divide: choose groups of {fitting} or -1"
+        return None
 
 
 def find_grid(

@@ -10,9 +10,11 @@ from llmlab.base.paths import new_folder
 from llmlab.model.layerwise import stream
 from llmlab.model.lm import LM, check_device
 from llmlab.quantization.calibration import ROWS, calibration_rows
+from llmlab.quantization.fit import check_quantizable
 from llmlab.quantization.grid import Scheme
+from llmlab.quantization.report import Report
 from llmlab.quantization.rotate import rotate
-from llmlab.quantization.walk import Report, Walk, check_quantizable
+from llmlab.quantization.walk import Walk
 
 
 def quantize_to(

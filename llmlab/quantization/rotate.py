@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 
+PARTS = ("input_layernorm", "post_attention_layernorm", "self_attn", "mlp")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 def rotate(lm: LM, *, read_layer: ReadLayer | None = None, seed: int = 0) -> tuple[LM, ReadLayer]:
     """Rotate an RMSNorm model (LLaMA-like): equal outputs to rounding, other weights. The sums are done in fp64.
 
@@ -65,8 +69,12 @@ def rotated(lm: LM, *, seed: int = 0) -> LM:
 def check_rotatable(model: PreTrainedModel) -> None:
     """Raise InputError unless the model is built like LLaMA."""
     layer = decoder_layers(model)[1][0]
-    parts = ("input_layernorm", "post_attention_layernorm", "self_attn", "mlp")
-    if not all(hasattr(layer, part) for part in parts) or not hasattr(model.base_model, "norm"):
+    norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
+    norms.append(getattr(model.base_model, "norm", None))
+    # Gemma's RMSNorm multiplies by 1 + gain, and calls its epsilon otherwise; more norms stand behind what they norm.
+    alike = all(type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon") for norm in norms)
+    linears = {name.rpartition(".")[2] for name, m in layer.named_modules() if type(m) is torch.nn.Linear}
+    if not alike or linears != set(LINEARS) or set(layer._modules) != set(PARTS):
         raise InputError(
             f"{model.config.model_type} cannot be rotated: it needs RMSNorm before attention and MLP, as LLaMA has."
         )

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from llmlab.base.version import __version__
 from llmlab.quantization.grid import Scheme
 
 
-def quant_config(scheme: Scheme, method: str) -> dict[str, object]:
-    """The `quantization_config` by which AutoGPTQ, GPTQModel and transformers know such a checkpoint."""
-    return {
+def quant_config(scheme: Scheme, method: str, kept: Iterable[str] = ()) -> dict[str, object]:
+    """The `quantization_config` by which AutoGPTQ, GPTQModel and transformers know such a checkpoint.
+
+    `kept`: names of matrices that were left as they were, which GPTQModel calls `dynamic` exceptions.
+    """
+    dynamic: dict[str, object] = {f"-:^{re.escape(name)}$": {} for name in kept}
+    return ({"dynamic": dynamic} if dynamic else {}) | {
         "quant_method": "gptq",
         "bits": scheme.bits,
         "group_size": scheme.group_size,

@@ -13,12 +13,10 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypedDict
 
-import pandas as pd
 import torch
 
-from llmlab.base.errors import InputError, NumericalError
+from llmlab.base.errors import NumericalError
 from llmlab.base.progress import progress
 from llmlab.data import wikitext
 from llmlab.kernels.packed_linear import QuantLinear, prepare
@@ -26,55 +24,14 @@ from llmlab.kernels.packing import Quantized
 from llmlab.kernels.plain import fastest_matmuls
 from llmlab.model.layerwise import ReadLayer
 from llmlab.model.lm import LM, decoder_layers
-from llmlab.quantization.calibration import calibration_rows, first_inputs
+from llmlab.model.matrices import Experts, expert_names, matrix_of, set_matrix, split_experts, stored_names
+from llmlab.quantization.calibration import calibration_rows, layer_calls
 from llmlab.quantization.finished import FinishedLayers
+from llmlab.quantization.fit import NOT_CALLED, check_quantizable, fitting
 from llmlab.quantization.gptq import Factor, Hessian, factorize, gptq
 from llmlab.quantization.grid import Scheme, rtn
+from llmlab.quantization.report import Report
 from llmlab.quantization.settings import quant_config
-
-METHODS = ("gptq", "rtn")
-
-
-class LinearReport(TypedDict):
-    """What became of one Linear: relative output `error` on the calibration text (NaN for RTN), `damping` needed."""
-
-    name: str
-    rows: int
-    columns: int
-    error: float
-    damping: float
-    seconds: float
-
-
-@dataclass
-class Report:
-    """What quantizing a model cost and lost.
-
-    Attributes:
-        linears: a `LinearReport` for each Linear in order of treatment.
-        seconds: of the whole walk.
-        tokens: of calibration text.
-    """
-
-    linears: list[LinearReport] = field(default_factory=list)
-    seconds: float = 0.0
-    tokens: int = 0
-
-    def table(self) -> pd.DataFrame:
-        """A row a Linear."""
-        return pd.DataFrame(self.linears)
-
-
-def check_quantizable(lm: LM, scheme: Scheme, method: str) -> None:
-    """Raise InputError for settings that make no sense or do not fit a layer; reads no weight."""
-    scheme.check()
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}.")
-    name, layers = decoder_layers(lm.model)
-    linears = {f"{name}.{i}.{n}": linear for i, layer in enumerate(layers) for n, linear in _linears(layer).items()}
-    if not linears:
-        raise InputError(f"{lm.name} has no plain Linears ({lm.transformation}): quantize the original model.")
-    scheme.check(linears)
 
 
 def quantize(
@@ -87,9 +44,12 @@ def quantize(
     scheme: Scheme | None = None,
     report: Report | None = None,
 ) -> LM:
-    """A copy of the model whose decoder layers' Linears hold packed weights.
+    """A copy of the model whose decoder layers' matrices hold packed weights.
 
-    Embeddings, norms and the output head stay as they are. Needs memory for one decoder layer in fp32, the packed
+    Those are Linears, GPT-2's Conv1D, and every expert of a mixture, with the tokens that are routed to it. Embeddings,
+    norms, routers and the output head stay as they are. So do matrices whose shape cannot be packed: a warning, the
+    report and the checkpoint's settings name them, and where they hold more than a tenth of the layers' weights
+    (`Scheme.at_least`) the model is refused. Needs memory for one decoder layer in fp32, the packed
     layers, and the activations of all calibration rows in one layer: about 4 bytes x tokens x (5 hidden + 4 MLP
     widths).
 
@@ -149,13 +109,15 @@ class Walk:
     read_layer: ReadLayer | None = None
     keep: Path | None = None
     workers: Alone = field(default_factory=Alone)
-    last: tuple[torch.Tensor, Factor] | None = field(default=None, init=False)  # the last Hessian's input and factor
+    # The last Hessian's inputs, how many tokens they are over all workers, and its factor.
+    last: tuple[torch.Tensor, int, Factor | None] | None = field(default=None, init=False)
 
     @torch.no_grad()
     def run(self) -> LM:
         """The quantized model."""
         begin, lm, bits = time.perf_counter(), self.lm, self.scheme.bits
         path, layers = decoder_layers(lm.model)
+        names = expert_names(lm.model)
         finished = FinishedLayers(self.keep, self._identity()) if self.keep else None
         if self.rows is not None:
             self._start(self.rows)
@@ -163,13 +125,17 @@ class Walk:
         with progress(len(layers), f"{self.method} {bits} bits", "layer") as bar:
             for index in range(len(layers)):
                 layer = self.read_layer(index) if self.read_layer else copy.deepcopy(layers[index])
+                split_experts(layer, names)
+                fits, kept = fitting(layer, self.scheme)
                 if finished and finished.has(index):
                     finished.read(index, layer, bits)
-                    self._pass_through(layer)
+                    self._pass_through(layer, index)
+                    kept |= {name: NOT_CALLED for name in fits if layer.get_submodule(name) is fits[name]}
                 else:
-                    self._solve_layer(layer, f"{path}.{index}")
+                    kept |= self._solve_layer(layer, index, fits, f"{path}.{index}")
                     if finished:
                         finished.write(index, layer)
+                self.report.kept |= {f"{path}.{index}.{name}": reason for name, reason in kept.items()}
                 done.append(layer)
                 if self.rows is not None and self.report.linears:
                     last = self.report.linears[-1]
@@ -177,10 +143,12 @@ class Walk:
                 bar.update(1)
         # Everything but the layers is copied from the original.
         model = copy.deepcopy(lm.model, {id(layers): done})
-        model.config.quantization_config = quant_config(self.scheme, self.method)
+        kept_names = map(stored_names(model), self.report.kept)
+        model.config.quantization_config = quant_config(self.scheme, self.method, kept_names)
         prepare(model, lm.model.dtype)
         self.report.seconds += time.perf_counter() - begin
-        how = f"{self.method} {bits} bits, group {self.scheme.group_size}"
+        self.report.warn()
+        how = f"{self.method} {bits} bits, group {self.scheme.group_size}{', mixed' if self.report.kept else ''}"
         how = how if lm.transformation == "none" else f"{lm.transformation}, {how}"
         return LM(model.requires_grad_(False), lm.tokenizer, lm.card, lm.name, lm.revision, how)
 
@@ -194,21 +162,27 @@ class Walk:
                 f"{width} columns; give more text.",
                 stacklevel=5,
             )
-        self.hidden_states, self.arguments = first_inputs(self.lm, rows)
+        self.hidden_states, self.calls = layer_calls(self.lm, rows)
 
-    def _pass_through(self, layer: torch.nn.Module) -> None:
+    def _pass_through(self, layer: torch.nn.Module, index: int) -> None:
         """All rows through a layer, if there are rows."""
         if self.rows is not None:
             with fastest_matmuls(layer):
-                output = layer(self.hidden_states, **self.arguments)
-            self.hidden_states = output[0] if isinstance(output, tuple) else output
+                self.hidden_states = self.calls[index](layer, self.hidden_states)
 
-    def _solve_layer(self, layer: torch.nn.Module, layer_name: str) -> None:
-        """Quantize the Linears of a layer as the rows reach them; the rows go on through the quantized weights."""
-        linears = _linears(layer)
+    def _solve_layer(
+        self, layer: torch.nn.Module, index: int, linears: dict[str, torch.nn.Linear], layer_name: str
+    ) -> dict[str, str]:
+        """Quantize matrices of a layer as the rows reach them; the rows go on through the quantized weights.
+
+        Returns the names of those that no row can reach, with the reason.
+        """
+        experts = [m for m in layer.modules() if isinstance(m, Experts)]
         packed: dict[str, QuantLinear] = {}
 
         def solve(name: str, inputs: torch.Tensor | None) -> None:
+            if name in packed:  # called a second time: its weights are on the grid already
+                return
             try:
                 packed[name] = self._solve(f"{layer_name}.{name}", linears[name], inputs)
             except NumericalError as error:
@@ -222,47 +196,52 @@ class Walk:
             for name, linear in linears.items()
         ]
         try:
-            self._pass_through(layer)
+            for module in experts:
+                module.visit_all = True
+            self._pass_through(layer, index)
         finally:
             self.last = None
+            for module in experts:
+                module.visit_all = False
             for hook in hooks:
                 hook.remove()
         for name, quant_linear in packed.items():
             layer.set_submodule(name, quant_linear)
+        return dict.fromkeys(linears.keys() - packed.keys(), NOT_CALLED)
 
     def _solve(self, name: str, linear: torch.nn.Linear, inputs: torch.Tensor | None) -> QuantLinear:
         """One Linear, by GPTQ for these inputs, or by rounding; notes what it lost."""
-        begin, damping = time.perf_counter(), 0.0
-        if inputs is None:
-            quantized = rtn(linear.weight, self.scheme)
+        begin, damping, weight = time.perf_counter(), 0.0, matrix_of(linear)
+        tokens, factor = (0, None) if inputs is None else self._factor(inputs)
+        if factor is None:
+            quantized = rtn(weight, self.scheme)
         else:
-            factor = self._factor(inputs)
-            quantized, damping = self.workers.solve(linear.weight, factor, self.scheme), factor.damping
-            linear.weight = torch.nn.Parameter(quantized.dequantize().to(linear.weight.dtype), requires_grad=False)
+            quantized, damping = self.workers.solve(weight, factor, self.scheme), factor.damping
+        set_matrix(linear, quantized.dequantize().to(weight.dtype))
         rows, columns = quantized.codes.shape
         seconds = time.perf_counter() - begin
         self.report.linears.append(
             {"name": name, "rows": rows, "columns": columns, "error": quantized.error, "damping": damping,
-             "seconds": seconds}
+             "seconds": seconds, "tokens": tokens}
         )  # fmt: skip
         return QuantLinear.pack(quantized, self.scheme.bits, linear.bias)
 
-    def _factor(self, inputs: torch.Tensor) -> Factor:
-        """The factor of the Hessian of these inputs; q, k and v read the same ones and share it."""
+    def _factor(self, inputs: torch.Tensor) -> tuple[int, Factor | None]:
+        """How many tokens there are, and the factor of their Hessian (None if there are none).
+
+        q, k and v read the same inputs and share it.
+        """
         if self.last is None or self.last[0] is not inputs:
             hessian = Hessian(inputs.shape[-1], inputs.device)
             hessian.add(inputs)
             self.workers.add_up(hessian.total)
             self.workers.add_up(hessian.tokens)
-            self.last = inputs, factorize(hessian.matrix(), self.scheme)
-        return self.last[1]
+            tokens = int(hessian.tokens)
+            self.last = inputs, tokens, factorize(hessian.matrix(), self.scheme) if tokens else None
+        return self.last[1:]
 
     def _identity(self) -> dict[str, object]:
         """What the finished layers depend on."""
         text = "" if self.rows is None else hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()[:16]
         model = [self.lm.name, self.lm.revision, self.lm.transformation, self.lm.dtype]
         return {"model": model, "scheme": asdict(self.scheme), "method": self.method, "calibration": text}
-
-
-def _linears(layer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    return {name: m for name, m in layer.named_modules() if type(m) is torch.nn.Linear}
