@@ -11,12 +11,13 @@ import psutil
 import pytest
 import rank_jobs
 import torch
-from conftest import CHECKOUT
+from conftest import CHECKOUT, reference_kernel
 
 import llmlab
 from llmlab import InputError, RankError
+from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.quantization.calibration import calibration_rows
-from llmlab.quantization.grid import Scheme
+from llmlab.quantization.grid import Scheme, rtn
 from llmlab.quantization.walk import quantize
 from llmlab.sharding.cuts import Cuts
 
@@ -108,9 +109,15 @@ def test_generation_gives_the_same_ids(four, tiny_folders, family, sizes):
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_quantized_models_are_cut_along_their_groups(four, tiny_folders, questions, tmp_path, family, sizes):
     lm = llmlab.load(str(tiny_folders[family]), dtype="fp32")
-    quantize(lm, 4, 32, method="rtn").save(tmp_path / "q")
-    alone = llmlab.score(llmlab.load(str(tmp_path / "q"), dtype="fp32"), questions)
-    together = four.score(str(tmp_path / "q"), questions, **sizes, dtype="fp32")
+    quantized = quantize(lm, 4, 32, method="rtn")
+    if family == "llama":  # and its output head, which OPT ties to the embedding
+        head = rtn(quantized.model.get_output_embeddings().weight.float(), Scheme(4, 32))
+        quantized.model.set_output_embeddings(QuantLinear.pack(head, 4))
+    quantized.save(tmp_path / "q")
+    loaded = llmlab.load(str(tmp_path / "q"), dtype="fp32")
+    with reference_kernel(loaded):  # few rows are rounded to bf16 by some processors' kernels: here and in small passes
+        alone = llmlab.score(loaded, questions)
+    together = four.score(str(tmp_path / "q"), questions, **sizes, dtype="fp32", nodes=4096)
     assert largest(alone, together) <= 5e-4
 
 

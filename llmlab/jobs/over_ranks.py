@@ -6,8 +6,8 @@ with llmlab.ranks(4) as four:
 
 from __future__ import annotations
 
-import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,20 @@ import torch
 from llmlab.base.errors import InputError
 from llmlab.base.paths import new_folder
 from llmlab.data import Question
+from llmlab.decoding.plain_engine import engine_for
 from llmlab.decoding.result import Completion
 from llmlab.jobs.rank_parts import Job, Options, ScoredPart, generate_part, quantize_part, score_part
 from llmlab.kernels.fast import default_dtype
+from llmlab.model.selfcheck import outcomes
 from llmlab.quantization.calibration import ROWS
 from llmlab.quantization.grid import Scheme
 from llmlab.scoring.score import ScoreResult, summarize
 from llmlab.scoring.scores import Scores, Work
+from llmlab.scoring.shared import TRIES, trie_check
 from llmlab.sharding.cuts import Cuts
-from llmlab.sharding.launch import Joined, Ranks
-from llmlab.sharding.load import check_layout
+from llmlab.sharding.joined import Joined, launched
+from llmlab.sharding.launch import Ranks
+from llmlab.sharding.load import check_layout, small_model
 
 SCHEDULES = ("micro-batches", "naive")
 
@@ -72,6 +76,9 @@ class RankGroup:
     ) -> ScoreResult:
         """`llmlab.score` over the ranks; exact.
 
+        A layout that a family cannot take is refused before a rank works on it (see `sharding.rehearsal`). A family for
+        which shared-prefix scoring is not exact is scored by the reference path, one sequence a pass, with a warning.
+
         Args:
             model: as for `llmlab.load`, not bitsandbytes; GPTQ checkpoints too. Loaded once, kept between calls.
             questions: from `llmlab.data`.
@@ -105,7 +112,10 @@ class RankGroup:
             raise InputError("there are no questions to score: give at least one.")
         if schedule not in SCHEDULES:
             raise InputError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}.")
-        return self.run(score_part, self.job(model, cuts, dtype), questions, schedule, nodes)
+        job = self.job(model, cuts, dtype)
+        if reason := job.checked[TRIES].reason:
+            warnings.warn(f"{model} is scored by the reference path: {reason.rstrip('.')}.", stacklevel=3)
+        return self.run(score_part, job, questions, schedule, nodes)
 
     def generate(
         self,
@@ -153,9 +163,16 @@ class RankGroup:
         return Cuts(data or self.size // max(1, tensor * pipeline), tensor, pipeline)
 
     def job(self, model: str, cuts: Cuts, dtype: str | None = None) -> Job:
-        """A model over these ranks; by default in the device's dtype. Raises InputError if it does not fit them."""
+        """A model over these ranks; by default in the device's dtype.
+
+        Raises InputError if it does not fit them, or its family cannot be cut so.
+        """
         check_layout(model, cuts, self.size)
-        return Job(model, cuts, dtype or default_dtype(torch.device(self.device)))
+        small = small_model(model)
+        trie_check(small)
+        with warnings.catch_warnings(action="ignore"):  # a rank that decodes says it of the model
+            engine_for(small)
+        return Job(model, cuts, dtype or default_dtype(torch.device(self.device)), outcomes(small))
 
 
 def gather_scores(
@@ -171,7 +188,7 @@ def gather_scores(
         questions,
         sequences,
         Scores([log_probs[number] for number in range(len(sequences))], work),
-        {"method": "shared", "ranks": str(cuts.ranks), "layout": cuts.name, "schedule": schedule},
+        {"method": parts[0].method, "ranks": str(cuts.ranks), "layout": cuts.name, "schedule": schedule},
         (max(part.seconds for part in parts), seconds),
         sum(part.weight_bytes for part in parts),
     )
@@ -193,7 +210,7 @@ def ranks(size: int | None = None, *, device: str | None = None, port: int = 0, 
         InputError: more ranks than GPUs, a port in use, ranks with different library versions.
         RankError: a rank ends while it starts.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if launched(size):
         joined = Joined(device, timeout)
         if size not in (None, joined.size):
             joined.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,13 +18,17 @@ from llmlab.decoding.result import GenerateResult
 from llmlab.kernels.packing import Quantized
 from llmlab.kernels.plain import fastest_matmuls
 from llmlab.model.layerwise import stream
+from llmlab.model.lm import LM
+from llmlab.model.selfcheck import Check, tell
 from llmlab.quantization.calibration import calibration_rows
+from llmlab.quantization.fit import check_quantizable
 from llmlab.quantization.gptq import Factor, gptq, relative_error
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.walk import Alone, Walk
 from llmlab.scoring.attention import tries_attend
 from llmlab.scoring.encode import Sequence, encode
-from llmlab.scoring.shared import Totals, passes
+from llmlab.scoring.reference import rotary_limit
+from llmlab.scoring.shared import TRIES, Batch, Totals, passes
 from llmlab.scoring.trie import Trie, question_tries
 from llmlab.sharding import pipeline
 from llmlab.sharding.cuts import Cuts
@@ -36,15 +41,22 @@ NODES = {"cpu": 256, "cuda": 4096}  # of a pass: small enough that a pipeline fi
 
 @dataclass(frozen=True)
 class Job:
-    """What the ranks work with: a model, how it is cut over them, and the dtype of its activations."""
+    """What the ranks work with: a model, how it is cut over them, and the dtype of its activations.
+
+    `checked`: what self-checks said of a small copy of the family. Ranks are told, for none of them can break off a
+    pass that others take part in.
+    """
 
     model: str
     cuts: Cuts
     dtype: str
+    checked: dict[str, Check]
 
     def load(self, rank: Rank) -> Shard:
         """This rank's part of the model; kept between calls."""
-        return load_shard(rank, self.model, self.cuts, self.dtype)
+        tell(self.checked)
+        with torch.inference_mode(False):  # it serves passes outside this mode, too, which take no inference tensors
+            return load_shard(rank, self.model, self.cuts, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,7 @@ class ScoredPart:
     """What one rank reports of a scoring job.
 
     Attributes:
+        method: "shared" or "reference".
         log_probs: sequence number -> log-probability, on ranks that answer for their replica; empty elsewhere.
         sequences: all sequences, from rank 0 alone.
         nodes: of each pass of this replica.
@@ -62,6 +75,7 @@ class ScoredPart:
         weight_bytes: of this rank's part of the model.
     """
 
+    method: str
     log_probs: dict[int, float]
     sequences: list[Sequence]
     nodes: list[int]
@@ -74,14 +88,24 @@ class ScoredPart:
 
 @torch.inference_mode()
 def score_part(
-    rank: Rank, job: Job, questions: list[Question], schedule: str = "micro-batches", nodes: int | None = None
+    rank: Rank,
+    job: Job,
+    questions: list[Question],
+    schedule: str = "micro-batches",
+    nodes: int | None = None,
 ) -> ScoredPart:
-    """This rank's part of a scoring job: shared-prefix scoring of its replica's questions."""
+    """This rank's part of a scoring job: its replica's questions, as tries, or sequence by sequence."""
     shard = job.load(rank)
     lm, stage = shard.lm, shard.stage
     sequences = encode(lm, questions)
     tries = _share(question_tries(sequences), job.cuts.data)[shard.data]
-    batches = list(passes(lm, tries, nodes or NODES[rank.device.type]))
+    own = sorted({number for trie in tries for _, _, number in trie.scored})
+    far = max(len(s.ids) for s in sequences) > rotary_limit(lm)
+    method = "shared" if job.checked[TRIES].passed and not far else "reference"
+    if method == "shared":
+        batches = list(passes(lm, tries, nodes or NODES[rank.device.type]))
+    else:
+        batches = [alone(lm, number, sequences[number]) for number in own]
     totals = Totals(sequences, lm.dtype)
 
     def finish(number: int, logits: torch.Tensor) -> None:
@@ -90,14 +114,14 @@ def score_part(
             rank.progress(number + 1, len(batches), f"scoring, {job.cuts.name}", "pass")
 
     stage.busy, stage.bytes_sent = [], 0
-    with tries_attend(lm), fastest_matmuls(lm.model):
+    with tries_attend(lm) if method == "shared" else nullcontext(), fastest_matmuls(lm.model):
         dist.barrier()
         begin = time.monotonic()
         pipeline.stream(lm.model, stage, [batch.model for batch in batches], finish, naive=schedule == "naive")
         seconds = time.monotonic() - begin
-    numbers = {number for trie in tries for _, _, number in trie.scored} if shard.answers else set()
     return ScoredPart(
-        log_probs={number: totals.log_probs[number] for number in numbers},
+        method=method,
+        log_probs={number: totals.log_probs[number] for number in own} if shard.answers else {},
         sequences=sequences if rank.index == 0 else [],
         nodes=[batch.nodes for batch in batches],
         asked=totals.asked,
@@ -106,6 +130,19 @@ def score_part(
         bytes_sent=stage.bytes_sent,
         weight_bytes=shard.weight_bytes,
     )
+
+
+def alone(lm: LM, number: int, sequence: Sequence) -> Batch:
+    """The reference path's pass: one sequence, neither padded nor shared."""
+    asked = torch.arange(sequence.n_context - 1, len(sequence.ids) - 1)
+    targets = sequence.ids[sequence.n_context :]
+    model = {
+        "input_ids": torch.tensor([sequence.ids], device=lm.device),
+        "use_cache": False,
+        "logits_to_keep": asked.to(lm.device),
+    }
+    scored = [(node, token, number) for node, token in zip(asked.tolist(), targets, strict=True)]
+    return Batch(model, scored, torch.arange(len(asked)), torch.tensor(targets, device=lm.device))
 
 
 def _share(tries: list[Trie], replicas: int) -> list[list[Trie]]:
@@ -136,6 +173,7 @@ def quantize_part(
     of its sums.
     """
     lm, read_layer = stream(model, dtype=dtype, device=rank.device)
+    check_quantizable(lm, scheme, "gptq")
     calibration = calibration_rows(lm, text, rows=rows)
     if len(calibration) < rank.size:
         raise InputError(f"{len(calibration)} calibration rows for {rank.size} ranks: give at least one a rank.")

@@ -17,7 +17,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
@@ -188,30 +187,6 @@ class Ranks:
         self.kill()
 
 
-class Joined:
-    """The processes that torchrun started, this one among them: every process runs the same script."""
-
-    def __init__(self, device: str | None = None, timeout: float = 600) -> None:
-        self.size = int(os.environ["WORLD_SIZE"])
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        self.device = check_world(int(os.environ.get("LOCAL_WORLD_SIZE", self.size)), device)
-        self.index = int(os.environ["RANK"])
-        on_gpu = self.device == "cuda"
-        self.rank = Rank(self.index, self.size, torch.device("cuda", local) if on_gpu else torch.device("cpu"))
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
-        self.run(join_check)
-
-    def run(self, function: Callable[Concatenate[Rank, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
-        """As `Ranks.run`; what raises here ends this process, and torchrun ends the others."""
-        return _gather(self.size, function(self.rank, *args, **kwargs))
-
-    def close(self) -> None:
-        """Leave the process group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
 def join_check(rank: Rank) -> None:
     """Raise InputError where ranks differ in what must be equal."""
     import transformers
@@ -219,14 +194,14 @@ def join_check(rank: Rank) -> None:
     from llmlab.base.version import __version__
 
     own = {"llmlab": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    everyone = _gather(rank.size, own | {"device": rank.device.type})
+    everyone = gather(rank.size, own | {"device": rank.device.type})
     for index, other in enumerate(everyone):
         for what, value in other.items():
             if value != everyone[0][what]:
                 raise InputError(f"rank {index} has {what} {value}, rank 0 has {everyone[0][what]}: make them equal.")
 
 
-def _gather(size: int, own: T) -> list[T]:
+def gather(size: int, own: T) -> list[T]:
     """What every rank brings, by rank."""
     everyone: list[T | None] = [None] * size
     dist.all_gather_object(everyone, own)

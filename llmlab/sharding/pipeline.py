@@ -8,6 +8,7 @@ works and the others wait. `stream` sends many batches through: while stage 1 co
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,8 +16,11 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from llmlab.base.errors import InputError
+from llmlab.model.lm import decoder_layers
+from llmlab.sharding.peers import Peers, Wait
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,19 +34,28 @@ class Stage:
     """This rank's place in a pipeline.
 
     Attributes:
-        index, size: stage number and how many there are.
-        ranks: global rank of each stage.
-        group: the process group of those ranks.
+        peers: the stages of this pipeline.
+        hidden_states: what this stage received, and then what it sends.
+        output: of the family's forward pass here.
         busy: (start, end) of each computation, seconds on this machine's monotonic clock.
         bytes_sent: of hidden states, logits and all-reduces of layers.
     """
 
-    index: int
-    size: int
-    ranks: list[int]
-    group: dist.ProcessGroup
+    peers: Peers
+    hidden_states: torch.Tensor | None = None
+    output: ModelOutput | None = None
     busy: list[tuple[float, float]] = field(default_factory=list)
     bytes_sent: int = 0
+
+    @property
+    def index(self) -> int:
+        """Its number."""
+        return self.peers.index
+
+    @property
+    def size(self) -> int:
+        """How many stages there are."""
+        return self.peers.size
 
     @property
     def first(self) -> bool:
@@ -72,44 +85,83 @@ def stage_layers(layers: int, stages: int, head: float = 0.0) -> list[tuple[int,
     return best
 
 
-class NoPositions(torch.nn.Module):
-    """In the place of OPT's learned positions on every stage but the first."""
+class NoEmbedding(torch.nn.Module):
+    """In the place of the embedding on every stage but the first: zeros of its width, which nobody reads."""
 
-    def forward(self, *_: object, **__: object) -> torch.Tensor:
-        """Nothing to add."""
-        return torch.zeros(1, dtype=torch.uint8)  # moves to any device, adds to any dtype
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight  # [0, width]; it says where this stage computes
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [...] to zeros [..., width]."""
+        return self.weight.new_zeros(*ids.shape, self.weight.shape[-1])
+
+
+class NoHead(torch.nn.Module):
+    """In the place of the output head on every stage but the last: logits of no token."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight  # [0, width]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] to [..., 0]."""
+        return hidden_states[..., :0]
 
 
 def attach(model: PreTrainedModel, stage: Stage) -> None:
-    """Make a model that holds this stage's layers alone compute as one of the pipeline."""
-    body = getattr(model.base_model, "decoder", model.base_model)
+    """Make a model whose stack holds this stage's layers alone compute as one of the pipeline.
+
+    Every stage runs the family's own forward pass, so whatever the family does around its layers (positions, norms,
+    scales, caps, projections) is done by its own code. Two hooks join the stages: what comes into the first layer of
+    a later stage is replaced by what the stage before sent, and what leaves the last layer is caught. Before the
+    first and behind the last stage's layers nothing but the last stage's logits counts.
+    """
+    stack = decoder_layers(model)[1]
+    embedding = model.get_input_embeddings().weight
+    empty = torch.nn.Parameter(embedding.new_empty(0, embedding.shape[-1]), requires_grad=False)
     if not stage.first:
-        for name in ("embed_positions", "project_in"):
-            if getattr(body, name, None) is not None:
-                setattr(body, name, NoPositions() if name == "embed_positions" else None)
+        model.set_input_embeddings(NoEmbedding(empty))
+        stack[0].register_forward_pre_hook(functools.partial(_enter, stage), with_kwargs=True)
     if not stage.last:
-        for name in ("norm", "final_layer_norm", "project_out"):
-            if getattr(body, name, None) is not None:
-                setattr(body, name, None if name != "norm" else torch.nn.Identity())
+        model.set_output_embeddings(NoHead(empty))
+        stack[-1].register_forward_hook(functools.partial(_leave, stage))
 
     def forward(
         model: PreTrainedModel, input_ids: torch.Tensor, logits_to_keep: int | torch.Tensor = 0, **kwargs: Any
-    ) -> CausalLMOutputWithPast:
+    ) -> ModelOutput:
         """The whole model's forward pass, on every rank of the pipeline."""
         batch = {"input_ids": input_ids, "logits_to_keep": logits_to_keep, **kwargs}
         finished: list[torch.Tensor] = []
-        stream(model, stage, [batch], lambda _, logits: finished.append(logits))
+        stream(model, stage, [batch], lambda _, logits: finished.append(logits.to(model.dtype)))
         if not stage.last:
             keep = logits_to_keep
             kept = len(keep) if isinstance(keep, torch.Tensor) else keep or input_ids.shape[1]
             finished.append(_empty(model, len(input_ids), kept, model.config.vocab_size))
         if stage.size > 1:
-            dist.broadcast(finished[0], stage.ranks[-1], group=stage.group)
+            stage.peers.spread(finished[0], stage.size - 1)
         if stage.last:
             stage.bytes_sent += finished[0].nbytes * (stage.size - 1)
-        return CausalLMOutputWithPast(logits=finished[0], past_key_values=kwargs.get("past_key_values"))
+        output, stage.output = stage.output, None
+        assert output is not None
+        output.logits = finished[0]  # beside it stands what the family's own output says of this stage, such as a cache
+        return output
 
     model.forward = MethodType(forward, model)  # bound, so that a copy of the model can bind it anew
+
+
+def _enter(stage: Stage, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: Batch) -> tuple[tuple[Any, ...], Batch]:
+    """What the stage before sent goes into this stage's first layer."""
+    if args:
+        return (stage.hidden_states, *args[1:]), kwargs
+    if "hidden_states" not in kwargs:
+        raise InputError(f"{type(layer).__name__} takes no hidden states that a stage could hand on.")
+    return args, kwargs | {"hidden_states": stage.hidden_states}
+
+
+def _leave(stage: Stage, layer: torch.nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+    """What this stage's last layer computed goes to the next stage."""
+    stage.hidden_states = output[0] if isinstance(output, tuple) else output
 
 
 def stream(
@@ -133,55 +185,56 @@ def stream(
         naive: let a batch in only when the one before it has left, as accelerate's device_map runs.
     """
     naive = naive and stage.size > 1
-    sending: list[tuple[dist.Work, torch.Tensor]] = []
+    peers = stage.peers
+    sending: list[Wait] = []
     coming = _receive(model, stage, batches[:1])
     for number, batch in enumerate(batches):
         if naive and number and stage.first:
-            dist.recv(_empty(model, 1), stage.ranks[-1], group=stage.group)
-        hidden_states = None
+            peers.receive(_empty(model, 1), stage.size - 1)()
         if coming is not None:
-            work, hidden_states = coming
-            work.wait()
+            wait, stage.hidden_states = coming
+            wait()
             coming = _receive(model, stage, batches[number + 1 : number + 2])
-        output = _compute(model, stage, batch, hidden_states)
+        output = _compute(model, stage, batch)
         if stage.last:
             finish(number, output)
             stage.busy[-1] = (stage.busy[-1][0], time.monotonic())  # what becomes of the logits is work, too
             if naive and number + 1 < len(batches):
-                dist.send(_empty(model, 1), stage.ranks[0], group=stage.group)  # the word that a batch has left
+                peers.send(_empty(model, 1), 0)()  # the word that a batch has left
             continue
         stage.bytes_sent += output.nbytes
-        if sent := dist.isend(output, stage.ranks[stage.index + 1], group=stage.group):
-            sending.append((sent, output))
+        sending.append(peers.send(output, stage.index + 1))
         while len(sending) > IN_FLIGHT:
-            sending.pop(0)[0].wait()
-    for work, _ in sending:
-        work.wait()
+            sending.pop(0)()
+    for wait in sending:
+        wait()
 
 
-def _receive(model: PreTrainedModel, stage: Stage, batches: list[Batch]) -> tuple[dist.Work, torch.Tensor] | None:
+def _receive(model: PreTrainedModel, stage: Stage, batches: list[Batch]) -> tuple[Wait, torch.Tensor] | None:
     """Begin to receive the hidden states of a batch, if there is one and a stage before this one."""
     if stage.first or not batches:
         return None
-    hidden_states = _empty(model, *batches[0]["input_ids"].shape, model.config.hidden_size)
-    work = dist.irecv(hidden_states, stage.ranks[stage.index - 1], group=stage.group)
-    return (work, hidden_states) if work else None
+    hidden_states = _empty(model, *batches[0]["input_ids"].shape, model.config.hidden_size).to(_stream_dtype(model))
+    return stage.peers.receive(hidden_states, stage.index - 1), hidden_states
 
 
-def _compute(model: PreTrainedModel, stage: Stage, batch: Batch, hidden_states: torch.Tensor | None) -> torch.Tensor:
+def _compute(model: PreTrainedModel, stage: Stage, batch: Batch) -> torch.Tensor:
     """This stage's share: hidden states [batch, tokens, hidden]; on the last stage logits [batch, kept, vocabulary]."""
     begin = time.monotonic()
-    kwargs = dict(batch)
-    input_ids, keep = kwargs.pop("input_ids"), kwargs.pop("logits_to_keep")
-    entry = {"input_ids": input_ids} if hidden_states is None else {"inputs_embeds": hidden_states}
-    output: torch.Tensor = model.base_model(**entry, **kwargs).last_hidden_state
-    if stage.last:
-        where = slice(-keep or None, None) if isinstance(keep, int) else keep
-        output = model.get_output_embeddings()(output[:, where])
+    stage.output = type(model).forward(model, **batch)
+    output: torch.Tensor = stage.output.logits
+    if not stage.last:
+        assert stage.hidden_states is not None
+        output = stage.hidden_states.to(_stream_dtype(model))
     if output.is_cuda:
         torch.cuda.synchronize()
     stage.busy.append((begin, time.monotonic()))
     return output.contiguous()
+
+
+def _stream_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Of the hidden states between layers: Mamba and its like may keep them in fp32."""
+    return torch.float32 if getattr(model.config, "residual_in_fp32", False) else model.dtype
 
 
 def _empty(model: PreTrainedModel, *shape: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from llmlab.sharding.cuts import Cuts, all_cuts
 from llmlab.sharding.predict import MOST_MFU, Device, Prediction, Workload, predict
 from llmlab.sharding.predict import device as find_device
 from llmlab.sharding.predict import workload as find_workload
+from llmlab.sharding.tensor import plan_of
 
 UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 RESERVE = 2**30  # CUDA context, library workspaces and what the allocator cannot use
@@ -182,6 +183,8 @@ def _check(card: ModelCard, devices: int, bits: int, batch: int, context: int, m
         raise InputError(f"{devices} devices: give a number from 1 to 4096.")
     if bits not in BITS:
         raise InputError(f"{bits} bits: choose one of {', '.join(map(str, BITS))}.")
+    if not card.attention_layers:
+        raise InputError(f"{card.name} ({card.model_type}) has no attention heads that devices could share: no plan.")
     if batch < 1 or not 1 <= context <= card.context_length:
         raise InputError(
             f"batch {batch} x context {context}: give positive numbers, the context at most {card.context_length}."
@@ -224,10 +227,12 @@ def _layout(card: ModelCard, cuts: Cuts, memory: int, bits: int, tokens: int) ->
         cuts.tensor,
         cuts.pipeline,
         weights=round((card.weight_bytes(bits) - 2 * rest) * share + ends),
-        kv_cache=round(tokens * 2 * card.layers * card.kv_heads * card.head_dim * 2 * share),
+        kv_cache=round(tokens * card.kv_values * 2 * share),
         activations=round(2 * tokens * width),
     )
     problem = cuts.misfit(card.layers, card.kv_heads)
+    if cuts.tensor > 1 and not plan_of(card.model_type):
+        problem = f"cuts layers, for which transformers has no plan in {card.model_type}"
     if problem is None and layout.bytes > memory:
         problem = f"needs {layout.bytes / 2**30:.1f} GiB a device, has {memory / 2**30:.1f}"
     return replace(layout, problem=problem)

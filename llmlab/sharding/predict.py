@@ -106,7 +106,7 @@ def predict(
     """
     tensor, stages, decode = cuts.tensor, cuts.pipeline, job.name == "decode"
     mfu = min(mfu, MOST_MFU)
-    layer_flops = 2 * card.linear_parameters / card.layers + 4 * card.heads * card.head_dim * (job.attended + 1)
+    layer_flops = (2 * card.active_parameters + card.attention_flops * (job.attended + 1)) / card.layers
     # Of one replica: scoring shares its nodes out, decoding gives each replica a batch of its own.
     nodes = job.nodes if decode else job.nodes / cuts.data
     passes = 1 if decode else max(1, round(nodes / job.per_pass))
