@@ -4,10 +4,7 @@ Latency was the time to process the whole set. `challenge.md` left data pre-proc
 everything: model load, tokenization, warm-up, scoring. Both are reported: seconds_inference and seconds_total.
 """
 
-from __future__ import annotations
-
 import time
-from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +18,7 @@ from llmlab.bench.ablation import scoring_flops
 from llmlab.data import ENDING_TOKENS, FULL_SET, QUESTION_TOKENS, Question, Spread
 from llmlab.jobs.over_ranks import ranks
 from llmlab.kernels.fast import default_dtype
+from llmlab.measure.record import Measurement
 from llmlab.model.layerwise import stream
 from llmlab.model.lm import LM, check_device
 from llmlab.model.load import load
@@ -29,80 +27,6 @@ from llmlab.scoring.encode import Sequence, encode
 from llmlab.scoring.score import ScoreResult, score
 from llmlab.scoring.trie import question_tries
 from llmlab.sharding.plan import plan
-
-
-@dataclass(frozen=True)
-class Submission:
-    """One run of the challenge's job.
-
-    Attributes:
-        n: questions; the full set has 10,042.
-        tokens_full: tokens of every question with every ending; tokens: nodes that were computed.
-        flops: of those nodes; flops_per_second over the inference time.
-        result: the scores behind it, None for random weights.
-        seed: of random weights and synthetic tokens.
-    """
-
-    model: str
-    layers: int
-    n: int
-    tokens_full: int
-    tokens: int
-    flops: int
-    seconds_load: float
-    seconds_inference: float
-    seconds_total: float
-    result: ScoreResult | None
-    seed: int | None = None
-    task: str = "challenge"
-
-    @property
-    def synthetic(self) -> bool:
-        """Whether weights and tokens are random: such a run measures speed alone."""
-        return self.result is None
-
-    @property
-    def data(self) -> str:
-        """Fingerprint of the questions."""
-        return self.result.data if self.result else "synthetic: published token statistics"
-
-    @property
-    def protocol(self) -> str:
-        """How the numbers came about, in one line."""
-        what = "random weights and synthetic tokens: speed only" if self.synthetic else "every question, every ending"
-        return (
-            f"{self.n:,} of {FULL_SET:,} questions, {what}; exact shared-prefix scoring, {self.tokens:,} tokens "
-            f"computed for {self.tokens_full:,}; seconds_total holds load, tokenization, warm-up and scoring"
-        )
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """How the questions were scored, and how many layers took part."""
-        return (self.result.settings if self.result else {}) | {"layers": str(self.layers)}
-
-    @property
-    def memory_bytes(self) -> int | None:
-        """What scoring held; None means the weights alone."""
-        return self.result.memory_bytes if self.result else None
-
-    def metrics(self) -> dict[str, Metric]:
-        """The measurements with their units; accuracies with intervals, none for random weights."""
-        scores = self.result.metrics() if self.result else {}
-        accuracies = {name: metric for name, metric in scores.items() if name.startswith("acc")}
-        return accuracies | {
-            "seconds_inference": Metric(self.seconds_inference, "s"),
-            "seconds_total": Metric(self.seconds_total, "s"),
-            "seconds_load": Metric(self.seconds_load, "s"),
-            "questions_per_second": Metric(self.n / self.seconds_inference, "1/s"),
-            "flops": Metric(self.flops / self.seconds_inference, "FLOP/s"),
-        }
-
-    def as_dict(self) -> dict[str, object]:
-        """Everything, ready for JSON."""
-        scores = self.result.as_dict() if self.result else {}
-        own = {name: value for name, value in vars(self).items() if name != "result"}
-        values = {name: metric.value for name, metric in self.metrics().items()}
-        return scores | own | {"synthetic": self.synthetic, "protocol": self.protocol} | values
 
 
 def challenge(
@@ -115,42 +39,38 @@ def challenge(
     layers: int | None = None,
     seed: int = 0,
     devices: int = 1,
-) -> tuple[LM, Submission]:
-    """Load a model and score the set.
+) -> tuple[LM, Measurement]:
+    """Load a model and score the set; accuracies and both timings, or the timings alone for random weights.
 
     Args:
-        model: as in `load`; "random:llama-30b" gives the speed part without weights, on synthetic tokens.
-        questions: the set; ignored for random weights.
-        limit: synthetic questions.
-        dtype, device, layers: as in `load`.
+        model, dtype, device, layers: as in `load`; "random:llama-30b" is scored on `limit` synthetic questions.
+        questions: the set; not needed for random weights.
         seed: of random weights and synthetic tokens.
         devices: score over so many ranks, in the layout with the least communication that fits them.
 
-    Raises:
-        InputError: real weights without questions, or what `load` and `score` refuse.
+    Raises InputError for real weights without questions, and what `load` and `score` refuse.
     """
     random_weights = model.startswith("random:")
     if not random_weights and not questions:
         raise InputError(f"there are no questions for {model}: give a data set, or random:SHAPE for speed alone.")
     if devices > 1 and random_weights:
         raise InputError("random weights run on one device: give a real model for --devices.")
-    begin = time.perf_counter()
+    begin, result = time.perf_counter(), None
     if random_weights or not questions:
         lm = load(model, dtype=dtype, device=device, layers=layers, seed=seed)
         loaded = time.perf_counter()
         sequences = synthetic_sequences(limit, lm.card.vocab_size, seed=seed)
         inference = seconds_of(lambda: shared.log_probs(lm, sequences))
-        total = time.perf_counter() - begin
-        return lm, _submission(lm, sequences, None, (loaded - begin, inference, total), seed)
-    if devices > 1:
+    elif devices > 1:
         lm, result, loaded = _over_ranks(model, questions, devices, dtype, device)
     else:
         lm = load(model, dtype=dtype, device=device, layers=layers)
         loaded = time.perf_counter()
         result = score(lm, questions)
-    result = replace(result, seconds_total=time.perf_counter() - begin)
-    seconds = (loaded - begin, result.seconds_inference, result.seconds_total)
-    return lm, _submission(lm, encode(lm, questions), result, seconds, None)
+    total = time.perf_counter() - begin
+    if result and questions:
+        inference, sequences = result.seconds_inference, encode(lm, questions)
+    return lm, _measurement(lm, sequences, result, (loaded - begin, inference, total), seed)
 
 
 def _over_ranks(
@@ -168,27 +88,32 @@ def _over_ranks(
         return lm, group.score(model, questions, plan=chosen, dtype=lm.dtype), loaded
 
 
-def _submission(
-    lm: LM,
-    sequences: list[Sequence],
-    result: ScoreResult | None,
-    seconds: tuple[float, float, float],
-    seed: int | None,
-) -> Submission:
+def _measurement(
+    lm: LM, sequences: list[Sequence], result: ScoreResult | None, seconds: tuple[float, float, float], seed: int
+) -> Measurement:
+    """`seconds` of the load, of the inference, of everything; no `result` for random weights."""
     tries = question_tries(sequences)
-    return Submission(
-        model=lm.name,
-        layers=lm.card.layers,
-        n=len(tries),
-        tokens_full=sum(len(sequence.ids) for sequence in sequences),
-        tokens=sum(map(len, tries)),
-        flops=scoring_flops(lm, tries, sum(trie.asked for trie in tries)),
-        seconds_load=seconds[0],
-        seconds_inference=seconds[1],
-        seconds_total=seconds[2],
-        result=result,
-        seed=seed,
+    n, tokens, full = len(tries), sum(map(len, tries)), sum(len(sequence.ids) for sequence in sequences)
+    flops = scoring_flops(lm, tries, sum(trie.asked for trie in tries))
+    names = ("seconds_load", "seconds_inference", "seconds_total")
+    values = (result.accuracies if result else {}) | {
+        **{name: Metric(value, "s") for name, value in zip(names, seconds, strict=True)},
+        "questions_per_second": Metric(n / seconds[1], "1/s"),
+        "flops": Metric(flops / seconds[1], "FLOP/s"),
+    }
+    what = "every question, every ending" if result else "random weights and synthetic tokens: speed only"
+    protocol = (
+        f"{n:,} of {FULL_SET:,} questions, {what}; exact shared-prefix scoring, {tokens:,} tokens "
+        f"computed for {full:,}; seconds_total holds load, tokenization, warm-up and scoring"
     )
+    work = {"n": n, "tokens": tokens, "tokens_full": full, "layers": lm.card.layers, "synthetic": result is None}
+    told = (result.as_dict() if result else {}) | {name: metric.value for name, metric in values.items()}
+    told |= work | {"task": "challenge", "model": lm.name, "protocol": protocol}
+    return Measurement(
+        "challenge", values, n, protocol, result.data if result else "synthetic: published token statistics",
+        (result.settings if result else {}) | {"layers": str(lm.card.layers)}, None if result else seed,
+        result.memory_bytes if result else None, told,
+    )  # fmt: skip
 
 
 def synthetic_sequences(n: int, vocab_size: int, *, seed: int = 0) -> list[Sequence]:

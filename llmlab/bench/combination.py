@@ -1,9 +1,7 @@
 """The combinations of the trade-off grid: which make sense, how they stand in records, which one to use."""
 
-from __future__ import annotations
-
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import pandas as pd
 
@@ -24,31 +22,19 @@ SPEED, DECODE, KEPT, RATIO = "questions_per_second", "decode_tokens_per_second",
 
 @dataclass(frozen=True)
 class Combination:
-    """One point of the grid.
+    """One point of the grid; activations below fp32 are what is fast on the machine (its record says in `dtype`)."""
 
-    Attributes:
-        precision: of the weights: "fp32", "bf16", "8 bits", "4 bits" or "3 bits"; activations below fp32 are
-            what is fast on the machine (its record says in `dtype`).
-        method: how they came to it: "none", "rtn", "gptq", "rotated gptq", or bitsandbytes' "int8" (8 bits) and "nf4"
-            (4 bits).
-        sharding: "1", or a layout such as "data 2", "pipeline 2", "tensor 2", "data 2 x pipeline 2".
-        draft: what speculates: "", "lookup", "self-4bit" (the model's own 4-bit copy), "lookup, self-4bit".
-    """
-
-    precision: str = "fp32"
-    method: str = "none"
-    sharding: str = "1"
-    draft: str = ""
+    precision: str = "fp32"  # of the weights, see METHODS
+    method: str = "none"  # how they came to it; "int8" and "nf4" are bitsandbytes'
+    sharding: str = "1"  # or a layout such as "data 2", "pipeline 2", "tensor 2", "data 2 x pipeline 2"
+    draft: str = ""  # what speculates, see DRAFTS; "self-4bit" is the model's own 4-bit copy
 
     def check(self) -> None:
         """Raise InputError for a combination that makes no sense or cannot run."""
         if self.precision not in METHODS:
             raise InputError(f"unknown precision {self.precision!r}: choose one of {', '.join(METHODS)}.")
-        if self.method not in METHODS[self.precision]:
-            raise InputError(
-                f"method {self.method!r} does not give {self.precision}: choose one of "
-                f"{', '.join(METHODS[self.precision])}."
-            )
+        if self.method not in (methods := METHODS[self.precision]):
+            raise InputError(f"method {self.method!r} does not give {self.precision}: choose {' or '.join(methods)}.")
         if self.draft not in DRAFTS:
             raise InputError(f"unknown draft {self.draft!r}: choose one of {', '.join(map(repr, DRAFTS))}.")
         if "self-4bit" in self.draft and self.method != "none":
@@ -68,11 +54,6 @@ class Combination:
         return Cuts(**sizes)
 
     @property
-    def bits(self) -> int:
-        """Of a quantized weight: 8, 4 or 3."""
-        return int(self.precision.split()[0])
-
-    @property
     def name(self) -> str:
         """In short, such as "4 bits gptq, draft lookup"."""
         method = "" if self.method == "none" else f" {self.method}"
@@ -80,23 +61,15 @@ class Combination:
         draft = f", draft {self.draft.replace(', ', ' + ')}" if self.draft else ""
         return f"{self.precision}{method}{sharding}{draft}"
 
-    @property
-    def settings(self) -> dict[str, str]:
-        """As it stands in a record, for `combinations`."""
-        return asdict(self)
-
 
 BASELINE = Combination()
 MACHINE = ["model", "data", "n", "device", "cpu", "threads"]  # what must be equal for two speeds to be comparable
 
 
 def combinations(frame: pd.DataFrame) -> pd.DataFrame:
-    """The trade-off records of a frame, with the columns `precision`, `method`, `sharding`, `draft` and `name`.
+    """The trade-off records of `llmlab.records()`, with columns `precision`, `method`, `sharding`, `draft` and `name`.
 
     Of one combination on one machine, model and question set the newest record stands.
-
-    Args:
-        frame: as from `llmlab.records()`.
     """
     rows = frame[frame["task"] == "trade-off"].dropna(axis="columns", how="all")
     points = rows.reindex(columns=[f.name for f in fields(Combination)])
@@ -105,15 +78,11 @@ def combinations(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def comparable(frame: pd.DataFrame) -> pd.DataFrame:
-    """The largest part of the rows of `combinations` that share model, questions and machine.
-
-    Raises InputError if there are no rows.
-    """
+    """The most rows of `combinations` that share model, questions and machine. Raises InputError if there are none."""
     if frame.empty:
         raise InputError("there are no trade-off records: run llmlab sweep notebooks/points/trade_offs.yaml first.")
     part = frame.groupby(MACHINE, dropna=False).ngroup()
-    rows: pd.DataFrame = frame[part == part.value_counts().index[0]].reset_index(drop=True)
-    return rows
+    return pd.DataFrame(frame[part == part.value_counts().index[0]]).reset_index(drop=True)
 
 
 def speedups(frame: pd.DataFrame) -> pd.DataFrame:
@@ -129,24 +98,19 @@ def speedups(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def recommended(frame: pd.DataFrame, losses: tuple[float, ...] = (0.0, 0.01, 0.03)) -> pd.DataFrame:
-    """The fastest combination for each allowed loss, judged by what is paired with fp32.
+    """The fastest combination of `speedups` for each allowed loss (a share), judged by what is paired with fp32.
 
     No loss means fp32's own arithmetic, however it is run. Scoring: at most that share of the choices may differ, which
     bounds what accuracy can lose; drafts play no part. Writing: perplexity may grow by at most that share.
-
-    Args:
-        frame: from `speedups`.
-        losses: allowed, as shares.
     """
     rows = []
     exact, undrafted = frame["precision"] == "fp32", frame["draft"] == ""
     for loss in losses:
-        for job, speed, kept in (
-            ("scoring", "scoring_speedup", frame[KEPT] >= 1 - loss),
-            ("writing", "decode_speedup", frame[RATIO] <= 1 + loss),
+        for job, speed, allowed in (
+            ("scoring", "scoring_speedup", undrafted & (exact | (loss > 0) & (frame[KEPT] >= 1 - loss))),
+            ("writing", "decode_speedup", exact | (loss > 0) & (frame[RATIO] <= 1 + loss)),
         ):
-            allowed = (exact | kept) if loss else exact
-            best = frame[allowed & undrafted if job == "scoring" else allowed].sort_values(speed).iloc[-1]
+            best = frame[allowed].sort_values(speed).iloc[-1]
             shown = {name: best[name] for name in (KEPT, f"{KEPT}_low", RATIO, "bytes") if name in frame}
             rows.append({"job": job, "allowed_loss": loss, "use": best["name"], "speedup": best[speed]} | shown)
     return pd.DataFrame(rows)

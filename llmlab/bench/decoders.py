@@ -1,7 +1,5 @@
 """Who decodes in `llmlab bench decoding`: our engine, transformers and llama.cpp behind one call each."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,10 +45,9 @@ class Decoder:
 def own(engine: Engine, new_tokens: int, draft: str = "", packed: LM | None = None, *, name: str = "") -> Decoder:
     """Our engine, plain or with drafts by name: "lookup", "self-4bit" (`packed`), or both as a cascade."""
     lm = engine.lm
-    by_name: dict[str, Callable[[], Draft]] = {"lookup": PromptLookup}
-    if packed is not None:
-        by_name["self-4bit"] = partial(SelfDraft, packed)
-    drafts = [by_name[part]() for part in draft.split(", ") if part]
+    drafts: list[Draft] = [PromptLookup()] if "lookup" in draft else []
+    if "self-4bit" in draft and packed is not None:
+        drafts.append(SelfDraft(packed))
 
     def run(prompts: list[list[int]]) -> Run:
         writer = Writer(engine, decode_settings(lm, new_tokens), drafts)
@@ -63,11 +60,8 @@ def own(engine: Engine, new_tokens: int, draft: str = "", packed: LM | None = No
 
 def transformers_generate(lm: LM, new_tokens: int, *, lookup: bool = False, assistant: LM | None = None) -> Decoder:
     """transformers' own `generate`: plain, with prompt lookup, or assisted by another model."""
-    draft, extra = "", dict[str, object]()
-    if lookup:
-        draft, extra = "lookup", {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
-    elif assistant is not None:
-        draft, extra = "self-4bit", {"assistant_model": assistant.model}
+    extra: dict[str, object] = {"prompt_lookup_num_tokens": LOOKUP_TOKENS} if lookup else {}
+    extra |= {"assistant_model": assistant.model} if assistant else {}
 
     def run(prompts: list[list[int]]) -> Run:
         (prompt,) = prompts  # its assisted decoding knows no batches
@@ -82,7 +76,7 @@ def transformers_generate(lm: LM, new_tokens: int, *, lookup: bool = False, assi
         end = time.perf_counter()
         return Run([new], output.shape[1] - clock.tokens, clock.time - begin, end - clock.time)
 
-    return Decoder("transformers", draft, lm.dtype, run, lm)
+    return Decoder("transformers", "lookup" if lookup else "self-4bit" if assistant else "", lm.dtype, run, lm)
 
 
 class _FirstToken(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped here
@@ -104,17 +98,15 @@ def llamacpp(gguf: str | None, new_tokens: int, ends: set[int]) -> tuple[list[De
         return [], reason
 
     def run(lookup: bool, prompts: list[list[int]]) -> Run:
-        request = {
-            "job": "generate", "model": gguf, "prompts": prompts, "max_new_tokens": new_tokens,
-            "ends": sorted(ends), "threads": torch.get_num_threads(), "lookup": lookup,
-        }  # fmt: skip
+        ours = {"prompts": prompts, "ends": sorted(ends), "max_new_tokens": new_tokens, "lookup": lookup}
+        request = {"job": "generate", "model": gguf, "threads": torch.get_num_threads(), **ours}
         done = peers.call("llamacpp", request)["completions"]
         ids = [completion["ids"] for completion in done]
         first, decode = (sum(completion[name] for completion in done) for name in ("seconds_first", "seconds_decode"))
         return Run(ids, sum(map(len, ids)) - len(ids), first, decode)
 
-    both = {"": False, "lookup": True}
-    return [Decoder("llama.cpp", draft, "4-bit", partial(run, lookup)) for draft, lookup in both.items()], "measured"
+    both = ("", "lookup")
+    return [Decoder("llama.cpp", draft, "4-bit", partial(run, bool(draft))) for draft in both], "measured"
 
 
 def bytes_per_pass(lm: LM) -> int:

@@ -1,8 +1,6 @@
 """Libraries whose pins conflict with ours, in environments of their own (`make peers`), as subprocesses that speak
 JSON: a request on standard input, an answer as the last line of standard output. See peers/*_worker.py."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import tempfile
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from llmlab.base.errors import InputError
 from llmlab.base.paths import PACKAGE
@@ -32,16 +29,9 @@ def missing(peer: str) -> str | None:
 
 
 def call(peer: str, request: Mapping[str, object], *, timeout: float = TIMEOUT) -> Answer:
-    """Send one request to a peer and return its answer.
+    """Send one request (see peers/*_worker.py) to a peer and return its answer; `timeout` in seconds.
 
-    Args:
-        peer: "gptqmodel", "autogptq" or "llamacpp".
-        request: see the peer's worker.
-        timeout: seconds.
-
-    Raises:
-        InputError: the peer is not installed.
-        RuntimeError: it failed; says with what.
+    Raises InputError where the peer is not installed, RuntimeError where it failed; says with what.
     """
     if reason := missing(peer):
         raise InputError(reason)
@@ -61,9 +51,9 @@ def call(peer: str, request: Mapping[str, object], *, timeout: float = TIMEOUT) 
 
 
 def peer_quantize(peer: str, lm: LM, calibration: torch.Tensor, scheme: Scheme, folder: Path) -> Answer:
-    """Quantize a plain model with a peer's GPTQ on the same rows; the checkpoint goes to `folder`.
+    """Quantize a plain model with a peer's GPTQ on the same rows into `folder`; returns its `seconds` and `versions`.
 
-    `scheme` gives bits, group size, order and symmetry. Returns the answer: `seconds` of the quantization, `versions`.
+    `scheme` gives bits, group size, order and symmetry.
     """
     settings = {"bits": scheme.bits, "group_size": scheme.group_size}
     settings |= {"desc_act": scheme.act_order, "sym": scheme.symmetric}
@@ -73,19 +63,6 @@ def peer_quantize(peer: str, lm: LM, calibration: torch.Tensor, scheme: Scheme, 
         answer = call(peer, {"job": "quantize", "ids": calibration.tolist(), **folders, **settings})
     lm.tokenizer.save_pretrained(folder)  # AutoGPTQ leaves it to the caller
     return answer
-
-
-def peer_logits(peer: str, folder: Path, ids: torch.Tensor, *, loader: str | None = None) -> torch.Tensor:
-    """fp32 logits [rows, tokens, vocabulary] that a peer computes with a quantized checkpoint.
-
-    `loader` "transformers" makes GPTQModel's environment load through transformers' GPTQConfig.
-    """
-    loader = loader or {"autogptq": "auto_gptq"}.get(peer, peer)
-    with tempfile.TemporaryDirectory() as temporary:
-        output = str(Path(temporary) / "logits.safetensors")
-        request = {"job": "logits", "folder": str(folder), "ids": ids.tolist(), "loader": loader, "output": output}
-        call(peer, request)
-        return load_file(output)["logits"]
 
 
 def _worker(peer: str) -> Path:

@@ -1,24 +1,20 @@
 """`llmlab bench scoring`: shared-prefix scoring against lm-evaluation-harness and against the reference path."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 
-from llmlab.base.clock import Timing, compare, speedup
+from llmlab.base.clock import compare, speedup
 from llmlab.base.errors import InputError
 from llmlab.base.stats import Metric
-from llmlab.bench.ablation import ablation, keeping, scoring_flops
+from llmlab.bench.ablation import ablation, keeping, max_delta, scoring_flops
 from llmlab.data import Question
 from llmlab.kernels.plain import onednn_helps, onednn_linear
 from llmlab.measure.memory import peak_bytes
-from llmlab.measure.record import Measurement
+from llmlab.measure.record import Measurement, Row
 from llmlab.model.lm import LM
 from llmlab.scoring import reference, shared
 from llmlab.scoring.encode import Sequence, encode
@@ -28,7 +24,6 @@ from llmlab.scoring.trie import question_tries
 LM_EVAL_BATCH_SIZES = (1, 4, 8, 16, 32)
 TUNING_QUESTIONS = 16
 MATMUL_ROWS = 1024
-Report = dict[str, Any]  # ready for JSON
 
 
 def harness_scorer(lm: LM, questions: list[Question], batch_size: int) -> Callable[[], list[float]]:
@@ -57,78 +52,19 @@ def best_batch_size(lm: LM, questions: list[Question], *, min_runs: int = 2) -> 
     return min(seconds, key=lambda size: seconds[size]), seconds
 
 
-def bench_scoring(lm: LM, half: LM | None, questions: list[Question], *, repeats: int = 5) -> Report:
-    """Everything that the benchmark reports.
+def bench_scoring(lm: LM, half: LM | None, questions: list[Question], *, repeats: int = 5) -> Measurement:
+    """Everything that the benchmark reports, ready for JSON in `details`; `..._interval` holds a ratio's 95 % interval.
 
     The candidates score the same questions from text, tokenization included, interleaved in this process: the harness
-    at its best batch size, the reference path and shared-prefix scoring; harness and shared in half precision, too.
+    at its best batch size, the reference path and shared-prefix scoring; harness and shared in half precision, too,
+    unless `half` (the same model in bf16 or fp16) is None. `repeats`: counted rounds, at least 5 for a report.
 
-    Args:
-        lm: the model in the exact dtype (fp32).
-        half: the same model in bf16 or fp16; None where neither is fast: then what needs it is left out.
-        questions: what to score.
-        repeats: counted rounds, at least 5 for a report.
-
-    Returns:
-        A dictionary ready for JSON; ratios carry their 95 % interval under `..._interval`.
+    Raises InputError if prefixes cannot be shared on this model.
     """
-    models = {"": lm} | ({"_half": half} if half else {})
-    race = _race(models, questions, repeats)
-    timings, log_probs = race.timings, race.log_probs
-    sequences = encode(lm, questions)
-    tries = question_tries(sequences)
-    flops = scoring_flops(lm, tries, sum(trie.asked for trie in tries))
-    matmuls = [name.removeprefix("matmul ") for name in timings if name.startswith("matmul ")]
-    rates = {name: own_matmul_flops(lm) / timings[f"matmul {name}"].median.value for name in matmuls}
-    mfu = {s: flops / timings[f"shared{s}"].median.value / rates[model.dtype] for s, model in models.items()}
-    onednn = rates.get(f"{lm.dtype} oneDNN")
-    result: Report = {
-        "n": len(questions),
-        "dtype": lm.dtype,
-        "repeats": repeats,
-        **_ratio("speedup_vs_lm_eval", timings["lm_eval"], timings["shared"]),
-        **_ratio("speedup_vs_reference", timings["reference"], timings["shared"]),
-        **_agreement(questions, log_probs["lm_eval"], log_probs["shared"]),
-        "mfu": mfu[""],
-        "mfu_of_onednn": mfu[""] * rates[lm.dtype] / onednn if onednn else None,
-        "matmul_flops": rates,
-        "tokens_full": sum(len(s.ids) for s in sequences),
-        "tokens_shared": sum(map(len, tries)),
-        "peak_bytes_above_weights": race.peak_bytes,
-        "seconds": {name: timing.median.value for name, timing in timings.items()},
-        "seconds_all": {name: timing.seconds for name, timing in timings.items()},
-        "lm_eval_batch_size": race.tuning[""][0],
-        "lm_eval_tuning_seconds": race.tuning[""][1],
-        "ablation": ablation(lm, half, questions, rates).to_dict("records"),
-    }
-    if half:
-        result |= {
-            "half": half.dtype,
-            **_ratio("speedup_bf16", timings["lm_eval_half"], timings["shared_half"]),
-            **_ratio("speedup_bf16_vs_lm_eval_fp32", timings["lm_eval"], timings["shared_half"]),
-            "bf16": _agreement(questions, log_probs["lm_eval"], log_probs["shared_half"]),
-            "mfu_bf16": mfu["_half"],
-            "lm_eval_batch_size_bf16": race.tuning["_half"][0],
-            "lm_eval_tuning_seconds_bf16": race.tuning["_half"][1],
-        }
-    return result
-
-
-@dataclass(frozen=True)
-class _Race:
-    """Candidates timed side by side: `lm_eval`, `shared` (`..._half`), `reference`, and the plain `matmul DTYPE`.
-
-    `tuning` holds the harness's best batch size and its seconds for each; `peak_bytes` is of the shared path.
-    """
-
-    timings: dict[str, Timing]
-    log_probs: dict[str, list[float]]
-    tuning: dict[str, tuple[int, dict[int, float]]]
-    peak_bytes: int | None
-
-
-def _race(models: dict[str, LM], questions: list[Question], repeats: int) -> _Race:
-    lm = models[""]
+    models = {"": lm} | ({"_bf16": half} if half else {})
+    for model in models.values():
+        if reason := shared.trie_check(model).reason:
+            raise InputError(f"there is no shared-prefix scoring of {lm.name} in {model.dtype} to measure: {reason}.")
     tuning = {suffix: best_batch_size(model, questions) for suffix, model in models.items()}
     scorers: dict[str, Callable[[], list[float]]] = {"reference": partial(_score, reference.log_probs, lm, questions)}
     matmuls = {}
@@ -142,7 +78,39 @@ def _race(models: dict[str, LM], questions: list[Question], repeats: int) -> _Ra
         matmuls[f"matmul {lm.dtype} oneDNN"] = own_matmuls(lm, onednn_linear)
     peak = peak_bytes(scorers["shared"], lm.device)
     runs, log_probs = keeping(scorers)
-    return _Race(compare({**runs, **matmuls}, warmup=0, min_runs=repeats), log_probs, tuning, peak)
+    timings = compare(runs | matmuls, warmup=0, min_runs=repeats)
+    seconds = {name: timing.median.value for name, timing in timings.items()}
+    rates = {name.removeprefix("matmul "): own_matmul_flops(lm) / seconds[name] for name in matmuls}
+    sequences = encode(lm, questions)
+    tries = question_tries(sequences)
+    flops = scoring_flops(lm, tries, sum(trie.asked for trie in tries))
+    pairs = [("speedup_vs_lm_eval", "lm_eval", "shared"), ("speedup_vs_reference", "reference", "shared")]
+    if half:
+        pairs += [("speedup_bf16", "lm_eval_bf16", "shared_bf16")]
+        pairs += [("speedup_bf16_vs_lm_eval_fp32", "lm_eval", "shared_bf16")]
+    values = {name: speedup(timings[slow], timings[fast]) for name, slow, fast in pairs}
+    agreements = {s: _agreement(questions, log_probs["lm_eval"], log_probs[f"shared{s}"]) for s in models}
+    values["prediction_agreement"] = Metric(agreements[""]["prediction_agreement"])
+    values["max_abs_delta_log_prob"] = Metric(agreements[""]["max_abs_delta_log_prob"], "nat")
+    for suffix, model in models.items():
+        values[f"mfu{suffix}"] = Metric(flops / seconds[f"shared{suffix}"] / rates[model.dtype])
+    details: Row = {"n": len(questions), "dtype": lm.dtype, "repeats": repeats}
+    details |= {name: metric.value for name, metric in values.items()} | agreements[""]
+    details |= {f"{name}_interval": [values[name].low, values[name].high] for name, *_ in pairs}
+    details |= {"matmul_flops": rates, "peak_bytes_above_weights": peak}
+    details |= {"tokens_full": sum(len(s.ids) for s in sequences), "tokens_shared": sum(map(len, tries))}
+    details |= {"seconds": seconds, "seconds_all": {name: timing.seconds for name, timing in timings.items()}}
+    for suffix, (size, tried) in tuning.items():
+        details |= {f"lm_eval_batch_size{suffix}": size, f"lm_eval_tuning_seconds{suffix}": tried}
+    details |= {"half": half.dtype, "bf16": agreements["_bf16"]} if half else {}
+    details["ablation"] = ablation(lm, half, questions, rates).to_dict("records")
+    protocol = (
+        f"from text, interleaved, median of {repeats}; baseline lm-evaluation-harness HFLM at its best of "
+        f"batch sizes {', '.join(map(str, LM_EVAL_BATCH_SIZES))}, same weights, dtype and threads"
+    )
+    settings = {"method": "shared", "half": half.dtype if half else "none"}
+    values["seconds"] = Metric(seconds["shared"], "s")
+    return Measurement("bench scoring", values, len(questions), protocol, settings=settings, details=details)
 
 
 def _score(method: Callable[[LM, list[Sequence]], Scores], lm: LM, questions: list[Question]) -> list[float]:
@@ -175,44 +143,15 @@ def _linears(lm: LM) -> list[torch.nn.Linear]:
     return [m for m in lm.model.base_model.modules() if isinstance(m, torch.nn.Linear)]
 
 
-def measurement(result: Report) -> Measurement:
-    """The benchmark's main numbers for a record; speeds are ratios to lm-evaluation-harness in the same run.
-
-    Without a fast half precision its numbers are not there.
-    """
-    ratios = ("speedup_vs_lm_eval", "speedup_bf16", "speedup_bf16_vs_lm_eval_fp32", "speedup_vs_reference")
-    values = {name: Metric(result[name], "x", *result[f"{name}_interval"]) for name in ratios if name in result}
-    for name in ("prediction_agreement", "mfu", "mfu_bf16"):
-        if name in result:
-            values[name] = Metric(result[name])
-    values["max_abs_delta_log_prob"] = Metric(result["max_abs_delta_log_prob"], "nat")
-    values["seconds"] = Metric(result["seconds"]["shared"], "s")
-    protocol = (
-        f"from text, interleaved, median of {result['repeats']}; baseline lm-evaluation-harness HFLM at its best of "
-        f"batch sizes {', '.join(map(str, LM_EVAL_BATCH_SIZES))}, same weights, dtype and threads"
-    )
-    settings = {"method": "shared", "half": result.get("half", "none")}
-    return Measurement("bench scoring", values, result["n"], protocol, settings=settings)
-
-
-def _ratio(name: str, baseline: Timing, candidate: Timing) -> dict[str, object]:
-    ratio = speedup(baseline, candidate)
-    return {name: ratio.value, f"{name}_interval": [ratio.low, ratio.high]}
-
-
-def _agreement(questions: list[Question], expected: list[float], scored: list[float]) -> dict[str, object]:
+def _agreement(questions: list[Question], expected: list[float], scored: list[float]) -> Row:
     """How the answers agree by acc and by acc_norm: share of equal predictions, the flips, the largest difference."""
-    flips = set()
-    start = 0
+    flips, start = [], 0
     for index, question in enumerate(questions):
-        stop = start + len(question.endings)
-        lengths = np.array([len(e) for e in question.endings])
-        a, b = np.array(expected[start:stop]), np.array(scored[start:stop])
+        lengths = [len(ending) for ending in question.endings]
+        a, b = (np.array(values[start : start + len(lengths)]) for values in (expected, scored))
         if a.argmax() != b.argmax() or (a / lengths).argmax() != (b / lengths).argmax():
-            flips.add(index)
-        start = stop
-    return {
-        "prediction_agreement": 1 - len(flips) / len(questions),
-        "flips": sorted(flips),
-        "max_abs_delta_log_prob": float(np.abs(np.subtract(expected, scored)).max()),
-    }
+            flips.append(index)
+        start += len(lengths)
+    agreement = 1 - len(flips) / len(questions)
+    delta = max_delta(expected, scored)
+    return {"prediction_agreement": agreement, "flips": flips, "max_abs_delta_log_prob": delta}

@@ -4,13 +4,9 @@ The simulation's times are measured: in the naive schedule one rank works at a t
 those of an undisturbed device. What ranks lose by sharing this machine's cores is measured, too.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +17,7 @@ from llmlab.base.stats import Metric
 from llmlab.data import Question
 from llmlab.jobs.over_ranks import RankGroup, gather_scores
 from llmlab.jobs.rank_parts import ScoredPart
-from llmlab.measure.record import Measurement
+from llmlab.measure.record import Measurement, Row
 from llmlab.model.card import ModelCard
 from llmlab.model.load import model_card
 from llmlab.scoring.paired import paired
@@ -33,125 +29,109 @@ from llmlab.sharding.rank import Rank
 from llmlab.sharding.timeline import Span, Task, Timeline, simulate, tasks
 
 ASKED = 0.6  # of a trie's nodes ask the output head; as in `load_shard`
-Report = dict[str, Any]  # ready for JSON
 Runs = list[list[ScoredPart]]  # of each run, what each rank reported
 
 
 @dataclass(frozen=True)
 class RankTimes:
-    """Seconds of one undisturbed rank: a decoder layer and the ends over the nodes of a pass, as fitted lines.
+    """Seconds of one undisturbed rank: a decoder layer and the ends over the nodes of a pass, as fitted lines."""
 
-    Attributes:
-        layer: (fixed, per node) of one layer.
-        head: (fixed, per node) of the output head and what follows it.
-        link: seconds from a stage's end to the next one's start.
-        reduce: seconds of one all-reduce of 256 nodes' hidden states.
-        cores: how many ranks' worth of work this machine does at once.
-    """
+    card: ModelCard
+    layer: tuple[float, float]  # per node and fixed, of one layer
+    head: tuple[float, float]  # the same of the output head and what follows it
+    link: float  # seconds from a stage's end to the next one's start
+    reduce: float  # seconds of one all-reduce of 256 nodes' hidden states
+    cores: float  # how many ranks' worth of work this machine does at once
 
-    layer: tuple[float, float]
-    head: tuple[float, float]
-    link: float
-    reduce: float
-    cores: float
+    def timeline(self, nodes: list[list[int]], cuts: Cuts, schedule: str, cores: float | None) -> Timeline:
+        """Passes over so many `nodes`, of each replica, as simulated on `cores`; on devices of their own for None."""
+        card, share, reduces = self.card, 1.0, 0.0  # share of each layer's work; all-reduces over `reduce`
+        if cuts.tensor > 1:  # MLP evenly, attention in whole KV groups: weighed by their matrices
+            layer = card.linear_parameters / card.layers
+            attention = 2 * card.hidden_size * (card.heads + card.kv_heads) * card.head_dim / layer
+            share = attention * -(-card.kv_heads // cuts.tensor) / card.kv_heads + (1 - attention) / cuts.tensor
+            # Reduces were timed while all ranks shared the cores: their share of a core is what they cost here.
+            reduces = 2.0 if cores is None else 2.0 * cores / cuts.ranks
 
-    def seconds(self, nodes: int, layers: int, head: bool, share: float) -> float:
-        """Seconds of `layers` layers, of which this rank computes `share`, with the head or without."""
-        fixed, per_node = self.layer
-        seconds = layers * (fixed + per_node * nodes)
-        if head:
-            seconds += self.head[0] + self.head[1] * nodes
-        return seconds * share
+        def seconds(n: int, first: int, end: int) -> float:
+            head = float(np.polyval(self.head, n)) if end == card.layers else 0.0
+            work = (end - first) * float(np.polyval(self.layer, n)) + head
+            return work * share + reduces * (end - first) * self.reduce * n / 256
 
-
-def layouts(devices: int, card: ModelCard) -> list[tuple[Cuts, str]]:
-    """What is measured: the naive split first, then every layout that the model allows."""
-    fitting = [cuts for cuts in all_cuts(devices) if not cuts.misfit(card.layers, card.kv_heads)]
-    return [(Cuts(pipeline=devices), "naive"), *((cuts, "micro-batches") for cuts in fitting)]
+        queue: list[Task] = []
+        for replica, passes in enumerate(nodes):
+            work = [[seconds(n, first, end) for first, end in _bounds(card, cuts.pipeline)] for n in passes]
+            for way in range(cuts.tensor):
+                offset = len(queue)
+                for task in tasks(work, schedule):
+                    rank = (replica * cuts.pipeline + task.stage) * cuts.tensor + way
+                    after = None if task.after is None else task.after + offset
+                    queue.append(replace(task, rank=rank, after=after))
+        return simulate(queue, link=self.link, cores=cores)
 
 
 def bench_sharding(
-    group: RankGroup,
-    model: str,
-    questions: list[Question],
-    alone: ScoreResult,
-    *,
-    repeats: int = 3,
-    on_row: Callable[[Report], None] = lambda row: None,
-) -> Report:
-    """Everything that the benchmark reports.
+    group: RankGroup, model: str, questions: list[Question], alone: ScoreResult, *, repeats: int = 3
+) -> Measurement:
+    """Everything that the benchmark reports, ready for JSON in `details`; speeds are ratios to the naive split.
 
-    Args:
-        group: the ranks.
-        model: as for `llmlab.load`.
-        questions: to be scored.
-        alone: their scores by one process.
-        repeats: runs of each layout, interleaved.
-        on_row: called with each layout's row.
+    `alone`: the questions' scores by one process. Each layout runs `repeats` times, interleaved.
     """
     card = model_card(model)
-    runs: dict[tuple[Cuts, str], Runs] = {layout: [] for layout in layouts(group.size, card)}
+    fitting = [cuts for cuts in all_cuts(group.size) if not cuts.misfit(card.layers, card.kv_heads)]
+    pipeline = Cuts(pipeline=group.size)
+    layouts = [(pipeline, "naive"), *((cuts, "micro-batches") for cuts in fitting)]
+    runs: dict[tuple[Cuts, str], Runs] = {layout: [] for layout in layouts}
     for _ in range(repeats):
         for (cuts, schedule), of_layout in runs.items():
             if not of_layout:
                 group.score_parts(model, questions[:4], cuts, schedule=schedule)  # loads and warms up
             of_layout.append(group.score_parts(model, questions, cuts, schedule=schedule))
-    pipeline, naive = Cuts(pipeline=group.size), next(iter(runs.values()))
-    times = measured_times(group, model, questions, naive, card)
-    rows: list[Report] = []
-    for (cuts, schedule), of_layout in runs.items():
-        rows.append(_row(times, of_layout, cuts, schedule, card, questions, alone))
-        on_row(rows[-1])
+    naive = runs[layouts[0]]
+    times = _measured_times(group, model, questions, naive, card)
+    rows = [_row(times, of_layout, *layout, questions, alone) for layout, of_layout in runs.items()]
     # The micro-batched pipeline on devices of its own, for more questions of the same kind.
     passes = naive[0][0].nodes
     many = (passes * (400 // len(questions) + 1))[: max(1, round(len(passes) * 400 / len(questions)))]
     projected = plan(model_card("llama-30b"), devices=4, device="v100", workload="hellaswag")
     assert projected.best.predicted is not None
-    return {
-        "n": len(questions),
-        "devices": group.size,
-        "repeats": repeats,
-        "layouts": rows,
-        "prediction_agreement": min(row["prediction_agreement"] for row in rows),
-        "max_abs_delta_log_prob": max(row["max_abs_delta_log_prob"] for row in rows),
-        "simulator_error_max": max(abs(row["simulator_error"]) for row in rows),
-        "bubble_simulated_400": simulated(times, [many], pipeline, "micro-batches", card, None).bubble,
-        "effective_cores": times.cores,
-        "link_seconds": times.link,
-        "projected_seconds_v100x4": projected.best.predicted.seconds,
-        "projection": f"LLaMA-30B, fp16, {projected.best.name}; {projected.assumptions}",
+    base = rows[0]["seconds_measured"]
+    values = {f"speedup {row['layout']}": Metric(base / row["seconds_measured"], "x") for row in rows[1:]}
+    totals = {
+        "prediction_agreement": Metric(min(row["prediction_agreement"] for row in rows)),
+        "max_abs_delta_log_prob": Metric(max(row["max_abs_delta_log_prob"] for row in rows), "nat"),
+        "simulator_error_max": Metric(max(abs(row["simulator_error"]) for row in rows)),
+        "bubble_simulated_400": Metric(times.timeline([many], pipeline, "micro-batches", None).bubble),
+        "projected_seconds_v100x4": Metric(projected.best.predicted.seconds, "s"),
     }
+    details: Row = {"n": len(questions), "devices": group.size, "repeats": repeats, "layouts": rows}
+    details |= {name: metric.value for name, metric in totals.items()}
+    details |= {"effective_cores": times.cores, "link_seconds": times.link}
+    details["projection"] = f"LLaMA-30B, fp16, {projected.best.name}; {projected.assumptions}"
+    protocol = (
+        f"{group.size} ranks, median of {repeats} interleaved runs; baseline: the naive layer split, "
+        f"one batch at a time; this machine does {times.cores:.2f} ranks' work at once"
+    )
+    settings = {"ranks": str(group.size)}
+    return Measurement("bench sharding", values | totals, len(questions), protocol, settings=settings, details=details)
 
 
-def _row(
-    times: RankTimes, runs: Runs, cuts: Cuts, schedule: str, card: ModelCard, questions: list[Question],
-    alone: ScoreResult,
-) -> Report:  # fmt: skip
+def _row(times: RankTimes, runs: Runs, cuts: Cuts, schedule: str, questions: list[Question], alone: ScoreResult) -> Row:
     """A layout as measured, in the run of median length, and as simulated: here, and on devices of its own."""
     seconds_all = list(map(_seconds, runs))
     seconds = statistics.median(seconds_all)
     parts = min(runs, key=lambda parts: abs(_seconds(parts) - seconds))
-    here = simulated(times, _nodes(parts, cuts), cuts, schedule, card, times.cores)
-    apart = simulated(times, _nodes(parts, cuts), cuts, schedule, card, None)
+    here, apart = (times.timeline(_nodes(parts, cuts), cuts, schedule, cores) for cores in (times.cores, None))
     spans = [Span(Task(b, r, r, e - s), s, e) for r, p in enumerate(parts) for b, (s, e) in enumerate(p.busy)]
     compared = paired(alone, gather_scores(questions, parts, cuts, schedule, seconds))
-    return {
-        "layout": cuts.name,
-        "schedule": schedule,
-        "seconds_measured": seconds,
-        "seconds_all": seconds_all,
-        "seconds_simulated": here.seconds,
-        "simulator_error": here.seconds / seconds - 1,
-        "bubble_measured": Timeline(len(parts), spans).bubble,
-        "bubble_simulated": here.bubble,
-        "bubble_on_own_devices": apart.bubble,
-        "seconds_on_own_devices": apart.seconds,
-        "bytes_sent": sum(p.bytes_sent for p in parts),
-        "efficiency": sum(span.task.work for span in apart.spans) / times.cores / seconds,
-        "prediction_agreement": 1 - len(compared.flips) / compared.n,
-        "max_abs_delta_log_prob": compared.max_abs_delta,
-        "spans": [(span.task.rank, span.start, span.end) for span in spans],
-    }
+    row: Row = {"layout": cuts.name, "schedule": schedule, "seconds_measured": seconds, "seconds_all": seconds_all}
+    row |= {"seconds_simulated": here.seconds, "simulator_error": here.seconds / seconds - 1}
+    row |= {"bubble_measured": Timeline(len(parts), spans).bubble, "bubble_simulated": here.bubble}
+    row |= {"bubble_on_own_devices": apart.bubble, "seconds_on_own_devices": apart.seconds}
+    row |= {"bytes_sent": sum(p.bytes_sent for p in parts)}
+    row |= {"efficiency": sum(span.task.work for span in apart.spans) / times.cores / seconds}
+    row |= {"prediction_agreement": 1 - len(compared.flips) / compared.n}
+    return row | {"max_abs_delta_log_prob": compared.max_abs_delta}
 
 
 def _seconds(parts: list[ScoredPart]) -> float:
@@ -164,75 +144,35 @@ def _nodes(parts: list[ScoredPart], cuts: Cuts) -> list[list[int]]:
     return [part.nodes for part in parts[:: cuts.pipeline * cuts.tensor]]
 
 
-def measured_times(group: RankGroup, model: str, questions: list[Question], naive: Runs, card: ModelCard) -> RankTimes:
+def _bounds(card: ModelCard, stages: int) -> list[tuple[int, int]]:
+    return stage_layers(card.layers, stages, ASKED * card.head_parameters / (card.linear_parameters / card.layers))
+
+
+def _measured_times(group: RankGroup, model: str, questions: list[Question], naive: Runs, card: ModelCard) -> RankTimes:
     """Lines through the naive schedule's times, and what cores and links do."""
-    bounds = _bounds(card, group.size)
-    nodes = np.array(naive[0][0].nodes, dtype=float)
+    bounds, nodes = _bounds(card, group.size), np.array(naive[0][0].nodes, dtype=float)
     # [stages][passes], the median over the runs
     seconds = np.median([[[e - s for s, e in part.busy] for part in parts] for parts in naive], axis=0)
     inner = sum(end - first for first, end in bounds[:-1]) or 1
-    layer = np.polyfit(nodes, seconds[:-1].sum(axis=0) / inner, 1) if group.size > 1 else (0.0, 0.0)
+    layer = np.polyfit(nodes, seconds[:-1].sum(axis=0) / inner, 1) if group.size > 1 else np.zeros(2)
     last = bounds[-1][1] - bounds[-1][0]
     head = np.polyfit(nodes, seconds[-1] - last * np.polyval(layer, nodes), 1)
     hops = len(nodes) * group.size  # a batch's hops from stage to stage, and the word that it has left
     link = max(0.0, (statistics.median(map(_seconds, naive)) - seconds.sum()) / hops)
-    lines = (float(layer[1]), float(layer[0])), (float(head[1]), float(head[0]))
-    undisturbed = RankTimes(*lines, link, reduce=0.0, cores=float(group.size))
-    cores = effective_cores(group, model, questions, undisturbed, card)
-    reduce = statistics.median(group.run(time_reduce, card.hidden_size, card.intermediate_size))
-    return replace(undisturbed, reduce=reduce, cores=cores)
-
-
-def effective_cores(
-    group: RankGroup, model: str, questions: list[Question], times: RankTimes, card: ModelCard
-) -> float:
-    """How many undisturbed ranks' work this machine does at once: what makes the simulation of a short run of replicas
-    take as long as the run did."""
+    times = RankTimes(card, tuple(layer.tolist()), tuple(head.tolist()), link, reduce=0.0, cores=float(group.size))
+    # How many undisturbed ranks' work this machine does at once: what makes the simulation of a short run of replicas
+    # take as long as the run did.
     replicas, few = Cuts(data=group.size), questions[: max(group.size, len(questions) // 4)]
     group.score_parts(model, questions[: group.size], replicas)  # loads and warms up
     runs = [group.score_parts(model, few, replicas) for _ in range(3)]
-    measured, nodes = statistics.median(map(_seconds, runs)), _nodes(runs[0], replicas)
+    measured, work = statistics.median(map(_seconds, runs)), _nodes(runs[0], replicas)
     low, high = 0.25, float(group.size)
     for _ in range(20):  # bisection: more cores, fewer seconds
         cores = (low + high) / 2
-        slower = simulated(times, nodes, replicas, "micro-batches", card, cores).seconds > measured
+        slower = times.timeline(work, replicas, "micro-batches", cores).seconds > measured
         low, high = (cores, high) if slower else (low, cores)
-    return (low + high) / 2
-
-
-def simulated(
-    times: RankTimes, nodes: list[list[int]], cuts: Cuts, schedule: str, card: ModelCard, cores: float | None
-) -> Timeline:
-    """The timeline of passes over so many `nodes`, of each replica."""
-    bounds = _bounds(card, cuts.pipeline)
-    share, reduces = 1.0, 0.0  # of each layer's work; seconds of all-reduces over `times.reduce`
-    if cuts.tensor > 1:  # MLP evenly, attention in whole KV groups: weighed by their matrices
-        layer = card.linear_parameters / card.layers
-        attention = 2 * card.hidden_size * (card.heads + card.kv_heads) * card.head_dim / layer
-        share = attention * -(-card.kv_heads // cuts.tensor) / card.kv_heads + (1 - attention) / cuts.tensor
-        # Reduces were timed while all ranks shared the cores: their share of a core is what they cost here.
-        reduces = 2.0 if cores is None else 2.0 * cores / cuts.ranks
-    queue: list[Task] = []
-    for replica, passes in enumerate(nodes):
-        work = [
-            [
-                times.seconds(n, end - first, end == card.layers, share)
-                + reduces * (end - first) * times.reduce * n / 256
-                for first, end in bounds
-            ]
-            for n in passes
-        ]
-        for way in range(cuts.tensor):
-            offset = len(queue)
-            for task in tasks(work, schedule):
-                rank = (replica * cuts.pipeline + task.stage) * cuts.tensor + way
-                after = None if task.after is None else task.after + offset
-                queue.append(replace(task, rank=rank, after=after))
-    return simulate(queue, link=times.link, cores=cores)
-
-
-def _bounds(card: ModelCard, stages: int) -> list[tuple[int, int]]:
-    return stage_layers(card.layers, stages, ASKED * card.head_parameters / (card.linear_parameters / card.layers))
+    reduce = statistics.median(group.run(time_reduce, card.hidden_size, card.intermediate_size))
+    return replace(times, reduce=reduce, cores=(low + high) / 2)
 
 
 def time_reduce(rank: Rank, hidden_size: int, intermediate_size: int, rounds: int = 40) -> float:
@@ -241,9 +181,8 @@ def time_reduce(rank: Rank, hidden_size: int, intermediate_size: int, rounds: in
     Between pairs of ranks, all pairs at once, with half an MLP between two reduces as in a layer: where ranks share
     cores most of a reduce is waiting until the other rank gets one.
     """
-    group = None
-    if rank.size % 2 == 0:
-        group = init_device_mesh(rank.device.type, (rank.size // 2, 2)).get_group(1)
+    even = rank.size % 2 == 0
+    group = init_device_mesh(rank.device.type, (rank.size // 2, 2)).get_group(1) if even else None
     x = torch.randn(256, hidden_size, device=rank.device)
     weights = [torch.randn(intermediate_size, hidden_size, device=rank.device) for _ in range(rounds)]
 
@@ -259,31 +198,3 @@ def time_reduce(rank: Rank, hidden_size: int, intermediate_size: int, rounds: in
 
     run(True)
     return statistics.median(max(0.0, run(True) - run(False)) for _ in range(3))
-
-
-def line(row: Report) -> str:
-    """One row for people."""
-    return (
-        f"{row['layout']:<24} {row['schedule']:<14} {row['seconds_measured']:7.2f} s, simulated "
-        f"{row['seconds_simulated']:7.2f} s   bubble {row['bubble_measured']:.0%}, "
-        f"simulated {row['bubble_simulated']:.0%}"
-    )
-
-
-def measurement(result: Report) -> Measurement:
-    """The main numbers for a record; speeds are ratios to the naive split of the same run."""
-    naive = result["layouts"][0]["seconds_measured"]
-    values = {f"speedup {row['layout']}": Metric(naive / row["seconds_measured"], "x") for row in result["layouts"][1:]}
-    values |= {
-        "simulator_error_max": Metric(result["simulator_error_max"]),
-        "bubble_simulated_400": Metric(result["bubble_simulated_400"]),
-        "prediction_agreement": Metric(result["prediction_agreement"]),
-        "max_abs_delta_log_prob": Metric(result["max_abs_delta_log_prob"], "nat"),
-        "projected_seconds_v100x4": Metric(result["projected_seconds_v100x4"], "s"),
-    }
-    protocol = (
-        f"{result['devices']} ranks, median of {result['repeats']} interleaved runs; baseline: the naive layer split, "
-        f"one batch at a time; this machine does {result['effective_cores']:.2f} ranks' work at once"
-    )
-    settings = {"ranks": str(result["devices"])}
-    return Measurement("bench sharding", values, result["n"], protocol, settings=settings)

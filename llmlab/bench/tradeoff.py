@@ -4,18 +4,16 @@ Quality is paired with the fp32 model on the same questions and windows of text;
 behind a warm-up. Whoever reads the records divides by the row of `BASELINE` from the same machine.
 """
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from llmlab.base.errors import InputError
 from llmlab.base.stats import Z95, Metric, median_interval, proportion
@@ -24,11 +22,12 @@ from llmlab.data import Question, everyday, prompts
 from llmlab.decoding.draft import Draft
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import check_settings, encode_prompts, generate
+from llmlab.decoding.plain_engine import engine_for
 from llmlab.decoding.result import GenerateResult
 from llmlab.decoding.self_draft import SelfDraft
 from llmlab.jobs.over_ranks import ranks
 from llmlab.jobs.own_draft import named_drafts
-from llmlab.jobs.rank_parts import Job, Options, generate_part, score_part
+from llmlab.jobs.rank_parts import Options, generate_part
 from llmlab.kernels.fast import packed_dtype
 from llmlab.measure.energy import availability, joules_per_1000_tokens, measure_energy
 from llmlab.measure.memory import peak_bytes
@@ -44,84 +43,61 @@ from llmlab.scoring.encode import encode
 from llmlab.scoring.perplexity import PerplexityResult, perplexity
 from llmlab.scoring.score import ScoreResult, score
 from llmlab.sharding.load import check_layout
-from llmlab.sharding.rank import Rank
 
 CONTEXT = 512  # tokens of a perplexity window and of a calibration row, or what the model has
 
 
+# Scores questions; continues the prompts, one result a replica; and bytes of the weights.
+_Jobs = tuple[Callable[[list[Question]], ScoreResult], Callable[[], list[GenerateResult]], int]
+
+
 class Material(NamedTuple):
-    """What a point is measured on.
+    """What a point is measured on."""
 
-    Attributes:
-        questions: are scored for the accuracy; the contexts with their right endings are the perplexity's text.
-        prompts: are continued greedily, one at a time, in the model's chat template where there is one.
-        calibration: text for GPTQ; keep the questions out of it.
-    """
-
-    questions: list[Question]
-    prompts: list[str]
-    calibration: str
+    questions: list[Question]  # scored; the contexts with their right endings are the perplexity's text
+    prompts: list[str]  # continued greedily, one at a time, in the model's chat template where there is one
+    calibration: str  # text for GPTQ; keep the questions out of it
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much of the material a point takes.
+    """How much of the material a point takes."""
 
-    Attributes:
-        rows: of 512 tokens, at most, of the calibration text.
-        windows: of 512 tokens, at most, for the perplexity.
-        new_tokens: at most so many a prompt.
-        timed: the first so many questions are scored again for the speed.
-        repeats: counted runs of scoring and of decoding.
-    """
-
-    rows: int = 12
-    windows: int = 8
-    new_tokens: int = 48
-    timed: int = 12
-    repeats: int = 3
-
-    def check(self, given: Material) -> None:
-        """Raise InputError if there is nothing to measure."""
-        check_settings(given.prompts, self.new_tokens, 0.0, 1.0, 1)
-        if min(self.timed, self.repeats, self.rows, self.windows, len(given.questions)) < 1:
-            raise InputError("a point needs at least one question, one timed question, one repeat, window and row.")
+    rows: int = 12  # of 512 tokens, at most, of the calibration text
+    windows: int = 8  # of 512 tokens, at most, for the perplexity
+    new_tokens: int = 48  # at most so many a prompt
+    timed: int = 12  # the first so many questions are scored again for the speed
+    repeats: int = 3  # counted runs of scoring and of decoding
 
 
 def material(limit: int) -> Material:
     """The first built-in questions, the first prompt of each kind; and as calibration text all other built-in items and
     prompts, so that nothing scored is calibrated on."""
     questions, writing = everyday(), prompts()
-    kinds = {p.kind: p for p in reversed(writing)}  # the first of each kind
-    first = [p.text for p in writing if kinds[p.kind] is p]
-    rest = [p.text for p in writing if kinds[p.kind] is not p] + [_text(q) for q in questions[limit:]]
-    return Material(questions[:limit], first, "\n\n".join(rest))
+    first = [p for k, p in enumerate(writing) if p.kind not in {other.kind for other in writing[:k]}]
+    rest = [p.text for p in writing if p not in first] + [_text(q) for q in questions[limit:]]
+    return Material(questions[:limit], [p.text for p in first], "\n\n".join(rest))
 
 
 def measure_point(
     name: str, combination: Combination, given: Material, effort: Effort | None = None, *, device: str | None = None
 ) -> tuple[LM, Measurement]:
-    """Measure one combination.
-
-    Args:
-        name: of a model in floating point, as for `llmlab.load`.
-        combination: what is measured.
-        given: the questions, the prompts and the calibration text.
-        effort: how much of them; by default what the grid takes.
-        device: as for `llmlab.load`.
+    """Measure one combination on a model in floating point, `name` and `device` as for `llmlab.load`.
 
     Returns:
         The model that was measured, whole on one device, and the measurement: `acc_norm`, `answers_kept` (share of the
         fp32 model's choices), `perplexity`, `perplexity_ratio` (to fp32, paired by window), `questions_per_second`,
         `decode_tokens_per_second`, `bytes` (of the weights, drafts and replicas included), `peak_bytes` (of working
-        memory above them, where the system tells) and `joules_per_1000_tokens` (decoding, where it can be measured).
+        memory above them, on one device and where the system tells) and `joules_per_1000_tokens` (decoding, where it
+        can be measured).
 
-    Raises:
-        InputError: a combination that makes no sense or does not fit, before anything is measured.
+    Raises InputError for a combination that makes no sense or does not fit, before anything is measured.
     """
     effort = effort or Effort()
     combination.check()
-    effort.check(given)
+    check_settings(given.prompts, effort.new_tokens, 0.0, 1.0, 1)
+    if min(effort.timed, effort.repeats, effort.rows, effort.windows, len(given.questions)) < 1:
+        raise InputError("a point needs at least one question, one timed question, one repeat, window and row.")
     if combination.cuts.ranks > 1:
         check_layout(name, combination.cuts, combination.cuts.ranks)
 
@@ -132,23 +108,32 @@ def measure_point(
 
     exact = load(name, dtype="fp32", device=device, check=check)
     lm = transformed(exact, combination, given.calibration, effort.rows)
-    timed = given.questions[: effort.timed]
-    with _running(lm, combination, given.prompts, effort.new_tokens) as jobs:
-        peak = jobs.peak(timed)  # the warm-up, too
-        scored = jobs.score(given.questions)
-        speeds, written = _speeds(jobs, timed, effort.repeats)
-        joules, energy = _energy(jobs, _tokens(written), lm.device)
-    quality, perplexities = _quality(exact, lm, scored, given.questions, effort.windows)
-    values = quality | speeds | {"bytes": Metric(jobs.bytes, "B")}
-    values |= {"peak_bytes": Metric(peak, "B")} if peak is not None else {}
+    timed, measurable = given.questions[: effort.timed], availability(lm.device)
+    with _running(lm, combination, given.prompts, effort.new_tokens) as (ask, write, weights):
+        peak = peak_bytes(lambda: (ask(timed), write()), lm.device)  # the warm-up, too
+        scored = ask(given.questions)
+        scoring, decoding, written = list[float](), list[float](), list[GenerateResult]()
+        for _ in range(effort.repeats):
+            scoring.append(ask(timed).seconds_inference)
+            written = write()
+            tokens = sum(part.decoded_tokens for part in written)
+            decoding.append(max(part.seconds_decode for part in written) / max(1, tokens))
+        joules = joules_per_1000_tokens(measure_energy(write, lm.device), tokens) if measurable[0] else None
+    values, perplexities = _quality(exact, lm, scored, given.questions, effort.windows)
+    values["questions_per_second"] = _rate(scoring, len(timed), "1/s")
+    values["decode_tokens_per_second"] = _rate(decoding, 1, "token/s")
+    values["bytes"] = Metric(scored.memory_bytes or weights, "B")
     values |= {"joules_per_1000_tokens": joules} if joules else {}
+    if peak is not None and combination.cuts.ranks == 1:  # ranks have memory of their own
+        values["peak_bytes"] = Metric(peak, "B")
     protocol = (
         f"{combination.name}; {scored.protocol}; speed: {effort.repeats} runs behind a warm-up, {effort.timed} "
         f"questions, {len(given.prompts)} prompts x {effort.new_tokens} tokens, greedy, batch size 1; perplexity: "
-        f"{perplexities}, on one device; calibration: {effort.rows} rows of other text; energy: {energy}"
+        f"{perplexities}, on one device; calibration: {effort.rows} rows of other text; energy: "
+        f"{'decoding' if joules else 'not measured here'}, {measurable[1]}"
     )
-    counts = {"calibration_rows": effort.rows, "windows": effort.windows, "max_new_tokens": effort.new_tokens}
-    settings = combination.settings | {name: str(count) for name, count in counts.items()}
+    settings = asdict(combination) | {"calibration_rows": str(effort.rows)}
+    settings |= {"windows": str(effort.windows), "max_new_tokens": str(effort.new_tokens)}
     memory = [part.memory_bytes for part in written if part.memory_bytes is not None]
     memory_bytes = sum(memory) if len(memory) == len(written) else None
     return lm, Measurement("trade-off", values, scored.n, protocol, scored.data, settings, memory_bytes=memory_bytes)
@@ -161,7 +146,7 @@ def transformed(exact: LM, combination: Combination, calibration: str, rows: int
         return load(exact.name, dtype=packed_dtype(exact.device), device=exact.device, bitsandbytes=method)
     if method == "none":
         return exact if combination.precision == "fp32" else with_dtype(exact, "bf16")
-    bits = combination.bits
+    bits = int(combination.precision.split()[0])
     # As notebook 03 and the benchmark do it: whole rows are fine enough for 8 bits, and plain rounding means no search.
     scheme = Scheme(8, -1, symmetric=True) if bits == 8 else Scheme(bits, 64, search=method != "rtn")
     text = None if method == "rtn" else calibration_rows(exact, calibration, rows=rows, context=CONTEXT)
@@ -176,105 +161,44 @@ def _quality(
 
     A model in fp32 is that model: drafts and sharding are exact, so there is nothing to compare.
     """
-    text = "\n\n".join(map(_text, questions))
-    context = min(CONTEXT, exact.card.context_length)
+    text, context = "\n\n".join(map(_text, questions)), min(CONTEXT, exact.card.context_length)
     result = perplexity(lm, text, context=context, max_windows=windows)
-    kept, ratio = Metric(1.0), Metric(1.0, "x")
+    values = {"acc_norm": scored.acc_norm, "answers_kept": Metric(1.0)}
+    values |= {"perplexity": result.perplexity, "perplexity_ratio": Metric(1.0, "x")}
     if lm is not exact:
-        choices = score(exact, questions).predictions_norm
-        kept = proportion([a == b for a, b in zip(choices, scored.predictions_norm, strict=True)])
-        ratio = perplexity_ratio(result, perplexity(exact, text, context=context, max_windows=windows))
-    quality = {"acc_norm": scored.acc_norm, "answers_kept": kept}
-    return quality | {"perplexity": result.perplexity, "perplexity_ratio": ratio}, result.protocol
+        pairs = zip(score(exact, questions).predictions_norm, scored.predictions_norm, strict=True)
+        values["answers_kept"] = proportion([a == b for a, b in pairs])
+        plain = perplexity(exact, text, context=context, max_windows=windows)
+        values["perplexity_ratio"] = perplexity_ratio(result, plain)
+    return values, result.protocol
 
 
 def perplexity_ratio(result: PerplexityResult, exact: PerplexityResult) -> Metric:
     """Perplexity over another model's on the same windows, with a 95 % interval from their paired differences."""
-    lost = np.subtract(result.window_nll, exact.window_nll)  # nats a token
-    ratio = math.exp(result.nll - exact.nll)
-    if len(lost) < 2:
-        return Metric(ratio, "x")
-    half = Z95 * float(np.std(lost, ddof=1)) / math.sqrt(len(lost))
-    return Metric(ratio, "x", ratio * math.exp(-half), ratio * math.exp(half))
-
-
-@dataclass(frozen=True)
-class _Jobs:
-    """The same jobs on one device or over ranks."""
-
-    score: Callable[[list[Question]], ScoreResult]
-    decode: Callable[[], list[GenerateResult]]  # one result a replica
-    peak: Callable[[list[Question]], int | None]  # bytes that both need beyond what was there before
-    bytes: int  # of the weights
+    lost, ratio = np.subtract(result.window_nll, exact.window_nll), math.exp(result.nll - exact.nll)  # nats a token
+    half = Z95 * float(np.std(lost, ddof=1)) / math.sqrt(len(lost)) if len(lost) > 1 else None
+    return Metric(ratio, "x", *(() if half is None else (ratio * math.exp(-half), ratio * math.exp(half))))
 
 
 @contextmanager
 def _running(lm: LM, combination: Combination, prompts: list[str], new_tokens: int) -> Iterator[_Jobs]:
-    cuts, chat = combination.cuts, lm.has_chat_template
+    cuts = combination.cuts
+    options: Options = {"max_new_tokens": new_tokens, "chat": lm.has_chat_template}
     if cuts.ranks == 1:
         drafts: list[Draft | LM] = [*named_drafts(lm, combination.draft)] if combination.draft else []
-        engine = Engine(lm)
-
-        def decode() -> list[GenerateResult]:
-            return [generate(lm, prompts, max_new_tokens=new_tokens, chat=chat, draft=drafts or None, engine=engine)]
-
-        def peak(some: list[Question]) -> int | None:
-            return peak_bytes(lambda: (score(lm, some), decode()), lm.device)
-
+        options |= {"draft": drafts or None, "engine": Engine(lm) if drafts else engine_for(lm)}
         copies = [draft.lm for draft in drafts if isinstance(draft, SelfDraft)]
-        yield _Jobs(lambda some: score(lm, some), decode, peak, sum(model.weight_bytes for model in [lm, *copies]))
+        weights = sum(model.weight_bytes for model in [lm, *copies])
+        yield partial(score, lm), lambda: [generate(lm, prompts, **options)], weights
         return
     with tempfile.TemporaryDirectory() as folder, ranks(cuts.ranks, device=lm.device.type) as group:
         name = lm.name if combination.method == "none" else str(lm.save(Path(folder) / "quantized"))
-        job = Job(name, cuts, lm.dtype)
-        options: Options = {"max_new_tokens": new_tokens, "chat": chat}
+        job = group.job(name, cuts, lm.dtype)
 
-        def decode_over_ranks() -> list[GenerateResult]:
+        def write() -> list[GenerateResult]:
             return [part[1] for part in group.run(generate_part, job, prompts, options) if part]
 
-        def peak_over_ranks(some: list[Question]) -> int | None:
-            peaks = [peak for peak in group.run(_part_peak, job, some, prompts, options) if peak is not None]
-            return sum(peaks) if len(peaks) == group.size else None
-
-        def score_over_ranks(some: list[Question]) -> ScoreResult:
-            return group.score(name, some, plan=cuts, dtype=lm.dtype)
-
-        weights = sum(group.run(_part_bytes, job))
-        yield _Jobs(score_over_ranks, decode_over_ranks, peak_over_ranks, weights)
-
-
-def _speeds(jobs: _Jobs, questions: list[Question], repeats: int) -> tuple[dict[str, Metric], list[GenerateResult]]:
-    """Medians of both speeds over the repeats, and what the last one wrote."""
-    scoring, decoding, written = [], [], []
-    for _ in range(repeats):
-        scoring.append(jobs.score(questions).seconds_inference)
-        written = jobs.decode()
-        decoding.append(max(part.seconds_decode for part in written) / max(1, _tokens(written)))
-    scored, wrote = _rate(scoring, len(questions), "1/s"), _rate(decoding, 1, "token/s")
-    return {"questions_per_second": scored, "decode_tokens_per_second": wrote}, written
-
-
-def _energy(jobs: _Jobs, tokens: int, device: torch.device) -> tuple[Metric | None, str]:
-    """Joules of decoding 1,000 tokens and the counters that told them; or None and why they are not known."""
-    measurable, counters = availability(device)
-    joules = joules_per_1000_tokens(measure_energy(jobs.decode, device), tokens) if measurable else None
-    return joules, f"{'decoding' if joules else 'not measured here'}, {counters}"
-
-
-def _tokens(parts: list[GenerateResult]) -> int:
-    return sum(part.decoded_tokens for part in parts)
-
-
-def _part_bytes(rank: Rank, job: Job) -> int:
-    return job.load(rank).weight_bytes
-
-
-def _part_peak(rank: Rank, job: Job, some: list[Question], prompts: list[str], options: Options) -> int | None:
-    def run() -> None:
-        score_part(rank, job, some)
-        generate_part(rank, job, prompts, options)
-
-    return peak_bytes(run, rank.device)
+        yield partial(group.score, name, plan=cuts, dtype=lm.dtype), write, lm.weight_bytes
 
 
 def _rate(seconds: list[float], units: int, unit: str) -> Metric:

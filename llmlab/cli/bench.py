@@ -1,7 +1,5 @@
 """The command line's larger jobs: quantizing, the challenge, benchmarks."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +10,15 @@ import llmlab
 from llmlab.base.errors import InputError
 from llmlab.base.paths import check_writable, home
 from llmlab.cli.options import Data, Dtype, Limit, Payload, Place, Repeats, check_positive, finish, read_rows
-from llmlab.cli.terminal import console, make_table, print_line, print_metrics
+from llmlab.cli.terminal import console, make_table, print_line
+
+CalibrationRows = Annotated[int, Option(help="Calibration rows of 512 tokens.")]
+VARIANT = ("variant", "perplexity", "acc_norm", "kl_divergence", "bytes", "decode_tokens_per_s")
+LAYOUT = ("layout", "schedule", "seconds_measured", "seconds_simulated", "bubble_measured", "bubble_simulated")
+DECODER = (
+    *("engine", "draft", "dtype", "kind", "batch", "tokens_per_s", "acceptance_rate"),
+    *("mean_accepted", "speedup_vs_plain", "predicted_speedup", "prompts_that_differ"),
+)
 
 
 def challenge(
@@ -34,11 +40,11 @@ def challenge(
         raise InputError(f"limit {limit}: give a positive number of rows, or none for all.")
     questions = None if place.model.startswith("random:") else read_rows(data, limit)
     n = limit or FULL_SET
-    lm, submission = run(questions=questions, limit=n, dtype=dtype, layers=layers, devices=devices, **asdict(place))
-    record = llmlab.record(lm, submission)
-    print_metrics(f"challenge: {lm.name}, track {record.track}", submission.metrics(), submission.protocol)
-    print_line(f"report:   {write_challenge_page(submission, record, folder)}")
-    return submission.as_dict() | {"track": record.track, "record": record.as_dict()}
+    lm, measured = run(questions=questions, limit=n, dtype=dtype, layers=layers, devices=devices, **asdict(place))
+    track = "exact" if lm.transformation == "none" else "open"
+    payload = finish(f"challenge: {lm.name}, track {track}", lm, measured)
+    print_line(f"report:   {write_challenge_page(payload['record'], folder)}")
+    return payload | {"track": track}
 
 
 @dataclass
@@ -58,7 +64,7 @@ def quantize(
     place: Place,
     grid: Grid,
     method: Annotated[str, Option(help="gptq, or rtn (round-to-nearest).")] = "gptq",
-    rows: Annotated[int, Option(help="Calibration rows of 512 tokens.")] = 64,
+    rows: CalibrationRows = 64,
     rotate: Annotated[bool, Option("--rotate", help="Rotate the residual stream first (LLaMA-like).")] = False,
     dtype: Annotated[str, Option(help="In which the layers are read and calibrated.")] = "fp32",
 ) -> Payload:
@@ -73,10 +79,9 @@ def quantize(
     scheme, text = Scheme(**asdict(grid)), llmlab.data.read_text(calibration)
     how = f"rotated {method}" if rotate else method
     lm, report = quantize_to(place.model, output, text, scheme, method=how, rows=rows, dtype=dtype, device=place.device)
-    payload: Payload = {"linears": report.linears, "output": str(output)}
-    payload = finish(f"{place.model}: {lm.transformation}", lm, quantizing(lm, report), payload)
+    payload = finish(f"{place.model}: {lm.transformation}", lm, quantizing(lm, report))
     print_line(f"checkpoint: {output}")
-    return payload
+    return payload | {"linears": report.linears, "output": str(output)}
 
 
 def scoring(
@@ -88,24 +93,23 @@ def scoring(
 ) -> Payload:
     """Shared-prefix scoring against lm-evaluation-harness at its best batch size, with the ablation (about 25 s a
     question for the built-in model on 2 cores)."""
-    from llmlab.bench.scoring import bench_scoring, measurement
+    from llmlab.bench.scoring import bench_scoring
 
     check_positive(repeats=repeats)
     questions = read_rows(data, limit)
-    lm = place.load(dtype)
-    half = place.load_half(lm)
+    lm, half = place.load_both(dtype)
     with console.status(f"{len(questions)} questions, {repeats} rounds of all candidates, then the ablation"):
-        result = bench_scoring(lm, half, questions, repeats=repeats)
+        measured = bench_scoring(lm, half, questions, repeats=repeats)
     title = f"{place.model} on {len(questions)} questions of {data}"
-    payload = finish(title, lm, measurement(result), result, warmup=1, repeats=repeats)
-    console.print(make_table("ablation (every step keeps the ones before it)", result["ablation"]))
+    payload = finish(title, lm, measured, warmup=1, repeats=repeats)
+    console.print(make_table("ablation (every step keeps the ones before it)", measured.details["ablation"]))
     return payload
 
 
 def quantization(
     place: Place,
     calibration: Annotated[Path | None, Option(help="Text file; by default WikiText-2 (validation).")] = None,
-    rows: Annotated[int, Option(help="Calibration rows of 512 tokens.")] = 64,
+    rows: CalibrationRows = 64,
     data: Data = "hellaswag",
     limit: Limit = 40,
     repeats: Repeats = 5,
@@ -113,18 +117,21 @@ def quantization(
 ) -> Payload:
     """Bits x method -> perplexity, accuracy, divergence, size and speed (about 40 minutes for the built-in model on
     2 cores)."""
-    from llmlab.bench.quantization import bench_quantization, line, measurement
+    from llmlab.bench.quantization import bench_quantization
     from llmlab.quantization.calibration import calibration_rows
 
     check_positive(repeats=repeats)
     text = llmlab.data.read_text(calibration) if calibration else llmlab.data.wikitext("valid")
     test, questions = llmlab.data.wikitext("test"), read_rows(data, limit)
     lm = place.load("fp32")
-    result = bench_quantization(
-        lm, calibration_rows(lm, text, rows=rows), test, questions, peers=peers, repeats=repeats,
-        on_row=lambda row: print_line(line(row)),
-    )  # fmt: skip
-    return finish(f"{place.model}: quantization", lm, measurement(result), result, warmup=1, repeats=repeats)
+    ids = calibration_rows(lm, text, rows=rows)
+
+    def show(row: Payload) -> None:
+        print_line(f"{row['variant']:<30} perplexity {row['perplexity']:.2f}   acc_norm {row['acc_norm']:.3f}")
+
+    measured = bench_quantization(lm, ids, test, questions, peers=peers, repeats=repeats, on_row=show)
+    _print_rows("variants", measured.details["rows"], VARIANT)
+    return finish(f"{place.model}: quantization", lm, measured, warmup=1, repeats=repeats)
 
 
 def sharding(
@@ -136,19 +143,16 @@ def sharding(
 ) -> Payload:
     """Every layout of data, tensor and pipeline parallelism against the naive split and one process, measured and
     simulated (about 6 minutes for the built-in model on 2 cores)."""
-    from llmlab.bench.sharding import bench_sharding, line, measurement
+    from llmlab.bench.sharding import bench_sharding
 
     check_positive(repeats=repeats)
     questions = read_rows(data, limit)
     with llmlab.ranks(devices, device=place.device) as group:
         lm = place.load()
-        result = bench_sharding(
-            group, place.model, questions, llmlab.score(lm, questions), repeats=repeats,
-            on_row=lambda row: print_line(line(row)),
-        )  # fmt: skip
-    title = f"{place.model} on {devices} ranks"
-    payload = finish(title, lm, measurement(result), result, warmup=1, repeats=repeats)
-    print_line(result["projection"])
+        measured = bench_sharding(group, place.model, questions, llmlab.score(lm, questions), repeats=repeats)
+    _print_rows("layouts", measured.details["layouts"], LAYOUT)
+    payload = finish(f"{place.model} on {devices} ranks", lm, measured, warmup=1, repeats=repeats)
+    print_line(measured.details["projection"])
     return payload
 
 
@@ -162,17 +166,18 @@ def decoding(
 ) -> Payload:
     """Our engine plain, compiled, 4-bit and with each draft, against transformers and llama.cpp (about 25 minutes for
     the built-in model on 2 cores)."""
-    from llmlab.bench.decoding import Effort, bench_decoding, line, measurement
-    from llmlab.model.sources import resolve
+    from llmlab.bench.decoding import bench_decoding
 
     check_positive(repeats=repeats, prompts_of_a_kind=per_kind, new_tokens=max_new_tokens)
     texts = llmlab.data.read_prompts(prompts) if prompts else llmlab.data.prompts()
-    source = resolve(place.model)
-    lm = place.load("fp32")
-    half = place.load_half(lm)
+    lm, half = place.load_both()
     with console.status(f"{len(texts)} prompts, {repeats} rounds"):
-        result = bench_decoding(
-            lm, half, llmlab.self_4bit(lm), texts, gguf=source.location if source.kind == "gguf" else None,
-            effort=Effort(max_new_tokens, per_kind, repeats, compiled), on_row=lambda row: print_line(line(row)),
-        )  # fmt: skip
-    return finish(f"{place.model}: decoding", lm, measurement(result), result, warmup=1, repeats=repeats)
+        measured = bench_decoding(
+            lm, half, texts, new_tokens=max_new_tokens, per_kind=per_kind, repeats=repeats, compile=compiled
+        )
+    _print_rows("decoders", measured.details["rows"], DECODER)
+    return finish(f"{place.model}: decoding", lm, measured, warmup=1, repeats=repeats)
+
+
+def _print_rows(title: str, rows: list[Payload], columns: tuple[str, ...]) -> None:
+    console.print(make_table(title, [{name: row.get(name, "") for name in columns} for row in rows]))

@@ -1,15 +1,14 @@
 """The command line: one verb a job. Exit status 0 done, 2 bad input (one line on stderr), 1 failed."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
 import llmlab
 from llmlab.base.errors import InputError, Interrupted
@@ -30,18 +29,17 @@ def score(
     batch_size: Annotated[int, Option(help="Sequences in a forward pass of the reference path.")] = 8,
 ) -> Payload:
     """Score multiple-choice questions: acc, acc_norm (per character) and acc_norm_token (per token)."""
-    from llmlab.measure.energy import joules_per_1000_tokens
     from llmlab.scoring.encode import encode
     from llmlab.scoring.score import check_options
 
     check_options(method, batch_size)
     questions = read_rows(data, limit)
     lm, seconds = loading.load_checked(lambda lm: encode(lm, questions))
-    result, energy = measuring(lambda: llmlab.score(lm, questions, method=method, batch_size=batch_size), lm)
+    run = partial(llmlab.score, lm, questions, method=method, batch_size=batch_size)
+    result, joules = measuring(run, lm, lambda result: result.tokens)
     result = replace(result, seconds_total=seconds + result.seconds_total)
-    title, payload = f"{lm.name} on {result.n} questions of {result.task}", result.as_dict() | {"seconds_load": seconds}
-    joules = joules_per_1000_tokens(energy, result.tokens)
-    return finish(title, lm, result, payload, joules_per_1000_tokens=joules)
+    title = f"{lm.name} on {result.n} questions of {result.task}"
+    return finish(title, lm, result, joules_per_1000_tokens=joules) | {"seconds_load": seconds}
 
 
 def perplexity(
@@ -56,13 +54,18 @@ def perplexity(
     from llmlab.scoring.perplexity import check_protocol
 
     content = llmlab.data.wikitext("test") if text is None else llmlab.data.read_text(text)
-    lm, seconds = loading.load_checked(lambda lm: check_protocol(lm, context, stride, max_windows, batch_size))
+
+    def check(lm: llmlab.LM) -> None:
+        check_protocol(lm, context, stride, max_windows, batch_size)
+        lm.input_ids(content)
+
+    lm, seconds = loading.load_checked(check)
     result = llmlab.perplexity(
         lm, content, context=context, stride=stride, max_windows=max_windows, batch_size=batch_size
     )
     name = "wikitext-2 test" if text is None else text.name
     result = replace(result, data=name, seconds_total=seconds + result.seconds_total)
-    return finish(f"{lm.name} on {name}", lm, result, result.as_dict() | {"seconds_load": seconds})
+    return finish(f"{lm.name} on {name}", lm, result) | {"seconds_load": seconds}
 
 
 @dataclass
@@ -89,7 +92,8 @@ def generate(
 ) -> Payload:
     """Continue prompts, greedily or by sampling. Without --prompt and --prompts: the built-in prompts."""
     from llmlab.decoding.generate import check_settings, encode_prompts
-    from llmlab.measure.energy import joules_per_1000_tokens
+    from llmlab.decoding.plain_engine import engine_for
+    from llmlab.jobs.own_draft import forecast, named_drafts
 
     if prompt and prompts:
         raise InputError("give --prompt or --prompts, not both.")
@@ -100,21 +104,23 @@ def generate(
     lm, seconds = loading.load_checked(lambda lm: encode_prompts(lm, texts, max_new_tokens=most, chat=writing.chat))
     settings = asdict(writing)
     if draft is not None:
-        from llmlab.jobs.own_draft import forecast, named_drafts
-
-        with console.status(f"preparing the draft {draft}"):
-            settings |= {"draft": named_drafts(lm, draft), "engine": llmlab.Engine(lm)}
-            lines = forecast(settings["engine"], settings["draft"], batch_size)
-        print_line(lines)
-    result, energy = measuring(lambda: llmlab.generate(lm, texts, **settings), lm)
+        engine = engine_for(lm)
+        settings |= {"engine": engine}
+        if isinstance(engine, llmlab.Engine):
+            with console.status(f"preparing the draft {draft}"):
+                settings |= {"draft": (drafts := named_drafts(lm, draft))}
+                lines = forecast(engine, drafts, batch_size)
+            print_line(lines)
+    run = partial(llmlab.generate, lm, texts, **settings)
+    result, joules = measuring(run, lm, lambda result: result.prompt_tokens + result.new_tokens)
     result = replace(result, seconds_total=seconds + result.seconds_total)
     for completion in result.completions:
         console.rule(style="dim")
-        console.print(completion.prompt, style="dim", markup=False, highlight=False)
-        console.print(completion.text, markup=False, highlight=False)
-    payload = result.as_dict() | {"seconds_load": seconds}
-    joules = joules_per_1000_tokens(energy, result.prompt_tokens + result.new_tokens)
-    return finish(f"{lm.name}, {result.n} prompts", lm, result, payload, joules_per_1000_tokens=joules)
+        print_line(completion.prompt, "dim")
+        print_line(completion.text)
+    return finish(f"{lm.name}, {result.n} prompts", lm, result, joules_per_1000_tokens=joules) | {
+        "seconds_load": seconds
+    }
 
 
 @dataclass
@@ -140,15 +146,24 @@ def plan(
     plans = [llmlab.plan(card, bits=b, **asdict(cluster)) for b in ([16, 4] if bits is None else [bits])]
     print_line(card)
     for result in plans:
-        rows = result.table().round(2).to_dict("records")
+        rows, best = result.table().round(2).to_dict("records"), result.layouts[0]
         styles = ["" if row["verdict"] == "fits" else "dim" for row in rows]
         console.print(make_table(result.title, rows, caption="GiB on the fullest device", styles=styles))
-        best = result.layouts[0]
-        verdict = f"best: {best.name}" if best.fits else "nothing fits"
         order = "fastest" if result.assumptions else "least communication"
-        print_line(f"{verdict} (usable layouts come first, {order} first)")
-        print_line(f"{result.assumptions}\n")
+        verdict = f"best: {best.name}" if best.fits else "nothing fits"
+        print_line(f"{verdict} (usable layouts come first, {order} first)\n{result.assumptions}\n")
     return plans[0].as_dict() | {"plans": [result.as_dict() for result in plans]}
+
+
+def convert(
+    name: Annotated[str, Argument(help="A Hub id, a folder with .bin files, or a .gguf file.")],
+    folder: Annotated[Path, Argument(help="A new folder.")],
+) -> Payload:
+    """Write a model of .bin or .gguf files as safetensors, once; shard by shard, whatever its size."""
+    with console.status(f"converting {name}"):
+        written = llmlab.convert(name, folder)
+    print_line(f"written: {written}")
+    return {"folder": str(written)}
 
 
 def doctor() -> Payload:
@@ -162,12 +177,9 @@ def doctor() -> Payload:
     return machine
 
 
+WELCOME = "A workbench for research on fast LLM inference. Start with: llmlab doctor"
 app = typer.Typer(
-    name="llmlab",
-    help="A workbench for research on fast LLM inference. Start with: llmlab doctor",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    name="llmlab", help=WELCOME, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 peers = typer.Typer(help="Measure against the peers, interleaved in one process.", no_args_is_help=True)
 app.add_typer(peers, name="bench")
@@ -176,11 +188,12 @@ add_verb(app, score, "score --model smollm2 --data everyday --limit 40 --json ou
 add_verb(app, perplexity, "perplexity --model smollm2 --text book.txt --context 512 --json out.json", records=True)
 add_verb(app, generate, "generate --prompt 'The capital of France is' --max-new-tokens 16", records=True)
 add_verb(app, plan, "plan --model opt-30b --devices 4 --memory 32GiB")
+add_verb(app, convert, "convert facebook/opt-30b models/opt-30b")
 add_verb(app, report, "report 00_start_here -p limit=20 --output report")
 add_verb(app, sweep, "sweep grid.yaml --json out.json")
 add_verb(app, bench.quantize, "quantize --calibration text.txt --output checkpoints/q4", records=True)
 add_verb(app, bench.challenge, "challenge --model smollm2 --data everyday --json out.json", records=True)
-app.command(epilog="Example: llmlab compare data/reference data/runs --json changes.json")(compare)
+add_verb(app, compare, "compare data/reference data/runs --json changes.json")
 add_verb(app, doctor, "doctor --json doctor.json")
 add_verb(peers, bench.scoring, "bench scoring --data everyday --limit 40 --json out.json", records=True)
 add_verb(peers, bench.quantization, "bench quantization --json out.json", records=True)
@@ -193,20 +206,16 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: nothing that was started is left
     try:
         status = app(standalone_mode=False)
-        if status == INTERRUPTED:  # typer makes this of a KeyboardInterrupt
-            _complain("interrupted.", INTERRUPTED)
+        complaint = "interrupted." if status == INTERRUPTED else ""  # typer makes this of a KeyboardInterrupt
     except InputError as error:
-        status = _complain(str(error), 2)
+        status, complaint = 2, str(error)
     except (Interrupted, KeyboardInterrupt) as stop:
-        status = _complain(str(stop) or "interrupted.", INTERRUPTED)
+        status, complaint = INTERRUPTED, str(stop) or "interrupted."
     except typer.TyperException as error:  # an unknown option, a missing value
-        status = _complain(f"{' '.join(error.format_message().split())} See llmlab --help.", 2)
+        status, complaint = 2, f"{' '.join(error.format_message().split())} See llmlab --help."
+    if complaint:
+        print(f"llmlab: {complaint}", file=sys.stderr)
     sys.exit(status)
-
-
-def _complain(sentence: str, status: int) -> int:
-    print(f"llmlab: {sentence}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

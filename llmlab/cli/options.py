@@ -17,13 +17,14 @@ from llmlab.base.errors import InputError
 from llmlab.cli.terminal import check_file, console, print_line, print_metrics, write_json
 
 if TYPE_CHECKING:
-    from llmlab.measure.energy import Energy
     from llmlab.measure.record import Result
 
 T = TypeVar("T")
-Payload = dict[str, object]  # what --json writes
+Payload = dict[str, Any]  # what --json writes
 
-Model = Annotated[str, Option(help="smollm2 (built in), a Hub id, a folder, a .gguf file or random:SHAPE.")]
+Model = Annotated[
+    str, Option(help="smollm2 (built in), owner/name[@revision] on the Hub, a folder, a .gguf or random:SHAPE.")
+]
 Device = Annotated[str | None, Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")]
 Dtype = Annotated[str | None, Option(help="fp32, bf16 or fp16; by default what suits the device.")]
 Data = Annotated[str, Option(help="everyday (built in), hellaswag, or a JSON Lines file.")]
@@ -37,13 +38,8 @@ def add_verb(app: typer.Typer, function: Callable[..., Payload], example: str, *
     """Make a function a verb: its parameters become options, its docstring the help.
 
     A parameter whose type is a dataclass stands for the fields of that class: a group of options. Every verb has
-    --json, a file with what the function returns; the status is 1 if that says that something `failed`.
-
-    Args:
-        app: the command line, or the part of it, that the verb is added to.
-        function: does the work.
-        example: how the verb is called, without "llmlab".
-        records: the function appends a record: it is proved first that one can be written.
+    --json, a file with what the function returns; the status is 1 if that says that something `failed`. `example`
+    calls the verb, "llmlab" left out. If it appends `records`, it is proved first that one can be written.
     """
     groups: dict[str, type] = {}
     options: dict[str, inspect.Parameter] = {}
@@ -86,14 +82,14 @@ class Place:
         with console.status(f"loading {self.model}"):
             return llmlab.load(self.model, dtype=dtype, device=self.device, **options)
 
-    def load_half(self, lm: llmlab.LM) -> llmlab.LM | None:
-        """The model in the half precision that is fast where `lm` is; None, with a printed reason, where none is."""
+    def load_both(self, dtype: str = "fp32") -> tuple[llmlab.LM, llmlab.LM | None]:
+        """The model in a dtype and in the half precision that is fast there; None, and why is printed, without one."""
         from llmlab.kernels.fast import advice, half_dtype
 
-        if dtype := half_dtype(lm.device):
-            return self.load(dtype)
-        print_line(f"half precision is left out: {advice(lm.device)}")
-        return None
+        lm = self.load(dtype)
+        if not (half := half_dtype(lm.device)):
+            print_line(f"half precision is left out: {advice(lm.device)}")
+        return lm, self.load(half) if half else None
 
 
 @dataclass
@@ -125,17 +121,17 @@ def check_positive(**numbers: int) -> None:
             raise InputError(f"{number} {what.replace('_', ' ')}: give positive numbers.")
 
 
-def measuring(run: Callable[[], T], lm: llmlab.LM) -> tuple[T, Energy]:
-    """What `run` returns, and the energy that it took on the model's device, where that can be measured."""
-    from llmlab.measure.energy import measure_energy
+def measuring(run: Callable[[], T], lm: llmlab.LM, tokens: Callable[[T], int]) -> tuple[T, llmlab.Metric | None]:
+    """What `run` returns, and the joules for 1,000 of its `tokens`, where energy can be measured on the device."""
+    from llmlab.measure.energy import joules_per_1000_tokens, measure_energy
 
     results: list[T] = []
     energy = measure_energy(lambda: results.append(run()), lm.device)
     print_line(f"energy: {energy}")
-    return results[0], energy
+    return results[0], joules_per_1000_tokens(energy, tokens(results[0]))
 
 
-def finish(title: str, lm: llmlab.LM, result: Result, payload: Payload, **how: Any) -> Payload:
-    """Print a result, append its record (`how` as in `llmlab.record`) and return the payload with the record in it."""
+def finish(title: str, lm: llmlab.LM, result: Result, **how: Any) -> Payload:
+    """Print a result, append its record (`how` as in `llmlab.record`) and return what --json tells: all of both."""
     print_metrics(title, result.metrics(), result.protocol)
-    return payload | {"record": llmlab.record(lm, result, **how).as_dict()}
+    return result.as_dict() | {"record": llmlab.record(lm, result, **how).as_dict()}

@@ -44,15 +44,12 @@ def print_line(text: object, style: str = "") -> None:
 def make_table(
     title: str, rows: Sequence[Mapping[Any, object]], *, caption: str = "", styles: Sequence[str] = ()
 ) -> Table:
-    """Rows with the same keys as a table: numbers to the right, four digits of a float, nothing taken as markup.
-
-    `styles` has a style of rich for each row; without it all are plain.
-    """
+    """Rows with the same keys as a table, maybe with a style of rich for each; nothing in them is taken as markup."""
     table = Table(title=escape(title), title_justify="left", caption=escape(caption), caption_justify="left")
     shown = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
-    for index, column in enumerate(rows[0]):
+    for index, name in enumerate(rows[0]):
         numbers = all(cells[index][:1] in "+-0123456789" for cells in shown)
-        table.add_column(escape(column), justify="right" if numbers else "left", overflow="fold")
+        table.add_column(escape(name), justify="right" if numbers else "left", overflow="fold")
     for cells, style in zip(shown, styles or [""] * len(rows), strict=True):
         table.add_row(*map(escape, cells), style=style)
     return table
@@ -60,21 +57,25 @@ def make_table(
 
 def print_metrics(title: str, metrics: dict[str, Metric], protocol: str) -> None:
     """Print measurements as a table, the protocol below it."""
-    rows: list[dict[str, object]] = []
-    for name, metric in metrics.items():
-        interval = "" if metric.low is None or metric.high is None else f"{metric.low:.4g} – {metric.high:.4g}"
-        rows.append({"metric": name, "value": metric.value, "95 % interval": interval, "unit": metric.unit})
+    rows = [
+        {"metric": name, "value": m.value, "95 % interval": "" if m.low is None else f"{m.low:.4g} – {m.high:.4g}"}
+        | {"unit": m.unit}
+        for name, m in metrics.items()
+    ]
     console.print(make_table(title, rows, caption=protocol))
 
 
-def doctor_table(found: dict[str, Any]) -> Table:
+def doctor_table(inventory: dict[str, Any]) -> Table:
     """The inventory of measure.environment as one table."""
-    machine = found["hardware"]
-    title = f"llmlab {found['llmlab']} ({found['commit'] or 'no checkout'})"
+    machine = inventory["hardware"]
+    title = f"llmlab {inventory['llmlab']} ({inventory['commit'] or 'no checkout'})"
     table = Table("what", Column("here", overflow="fold"), title=title, title_justify="left")
 
     def row(what: str, here: str, style: str = "") -> None:
         table.add_row(escape(what), escape(here), style=style)
+
+    def able(what: str, entry: dict[str, Any], words: tuple[str, str]) -> None:
+        row(entry[what], f"{words[not entry['usable']]}: {entry['reason']}", "green" if entry["usable"] else "yellow")
 
     row("processor", f"{machine['cpu']}, {machine['cores']} cores, {machine['cpu_capability']}")
     row("memory", f"{machine['memory'] / 2**30:.1f} GiB")
@@ -84,20 +85,23 @@ def doctor_table(found: dict[str, Any]) -> Table:
         row("GPU", name if gpu["usable"] else f"{name}: not usable", "" if gpu["usable"] else "red")
     if not machine["gpus"]:
         row("GPU", "none")
-    row("built-in model", found["builtin_model"]["where"])
+    row("built-in model", inventory["builtin_model"]["where"])
     row("records, figures", str(home()))
     table.add_section()
-    for name, version in found["libraries"].items():
+    for name, version in inventory["libraries"].items():
         row(name, version or "not installed", "" if version else "dim")
     table.add_section()
-    for kernel in found["kernels"]:
-        answer, style = ("usable", "green") if kernel["usable"] else ("no", "yellow")
-        row(kernel["kernel"], f"{answer}: {kernel['reason']}", style)
-    for operation, speed in found["fast"].items():
+    for kernel in inventory["kernels"]:
+        able("kernel", kernel, ("usable", "no"))
+    for operation, speed in inventory["fast"].items():
         row(operation, f"{speed['rate'] / 1e9:.1f} G{speed['unit']}")
-    row("default dtype", found["default_dtype"])
-    row("advice", found["advice"], "bold")
-    for energy in found["energy"]:
-        answer, style = ("measured", "green") if energy["usable"] else ("not measured here", "yellow")
-        row(energy["device"], f"{answer}: {energy['reason']}", style)
+    row("default dtype", inventory["default_dtype"])
+    row("advice", inventory["advice"], "bold")
+    for energy in inventory["energy"]:
+        able("device", energy, ("measured", "not measured here"))
+    table.add_section()
+    for kept in inventory["checks"]:
+        said = f"used: {kept['difference']:.1g} nats off the plain pass at most"
+        said, style = (said, "green") if kept["passed"] else (f"not used: {kept['reason']}", "yellow")
+        row(f"{kept['path']}, {kept['model']}, {kept['dtype']}", said, style)
     return table

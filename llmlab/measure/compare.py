@@ -4,11 +4,9 @@ Records are matched by what was measured on what and how it was set (`KEY`), not
 machine: that is what differs between the two sides. A run in batches of 8 is never held against one in batches of 1.
 """
 
-from __future__ import annotations
-
 import json
 import math
-from collections import defaultdict
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +15,6 @@ import pandas as pd
 
 from llmlab.base.errors import InputError
 from llmlab.base.stats import Z95, Metric, median_interval
-from llmlab.measure.direction import direction
 from llmlab.measure.record import SCHEMA, Row, current, read_records
 
 WORK = ("task", "model", "transformation", "dtype", "data", "n", "device")
@@ -30,8 +27,13 @@ COLUMNS = (
 )
 NUMBERS = str.maketrans("", "", "0123456789.,")  # passes and tokens, say: they differ from run to run
 
-Rows = list[Row]
+# Which way a metric is good: its name counts before its unit.
+LOWER = re.compile(r"perplexity|nll|_over_|delta|error|seconds|bubble|joules|bytes|bits_per")
+HIGHER = re.compile(r"^acc(_|$)|speedup|agreement|acceptance|mfu|mbu|per_second|tokens_per_pass|equal|kept")
+COSTS = {"s", "B", "J", "nat", "bit"}  # less is better of them, alone or for each of something: nat/token
+
 Key = tuple[object, ...]
+Side = dict[Key, list[Row]]
 
 
 def compare(a: str | Path, b: str | Path) -> pd.DataFrame:
@@ -67,41 +69,66 @@ def compare(a: str | Path, b: str | Path) -> pd.DataFrame:
             f"{a} and {b} have no record in common ({', '.join(KEY)} must be equal): A has {in_a}; B has {in_b}."
         )
     notes += _differences(*([_facts(row) for key in common for row in side[key]] for side in sides))
-    rows = []
+    rows: list[Row] = []
     for key in common:
-        notes += [f"{title(key)}: {note}" for note in _protocols(sides[0][key], sides[1][key])]
-        rows += [dict(zip(KEY, key, strict=True)) | row for row in _metrics(sides[0][key], sides[1][key])]
-    _verdicts(rows)
+        pair = [side[key] for side in sides]
+        words = [{row["protocol"].translate(NUMBERS) for row in side} for side in pair]
+        if not words[0] & words[1]:
+            how = " and ".join(f"{side[-1]['protocol']!r} in {label}" for side, label in zip(pair, "AB", strict=True))
+            notes.append(f"{title(key)}: the protocols differ, {how}")
+        rows += [dict(zip(KEY, key, strict=True)) | row for row in _metrics(*pair)]
+    judged = [row for row in rows if "p" in row]
+    for row, p in zip(judged, holm([row["p"] for row in judged]), strict=True):
+        good = direction(row["metric"], row["unit"]) * (row["b"] - row["a"])
+        sure = "better" if good > 0 else "worse" if good < 0 else "changed"
+        row |= {"p": p, "verdict": sure if p < LEVEL else "within noise"}
     table = pd.DataFrame(rows).reindex(columns=[*KEY, *COLUMNS])
     table.attrs["notes"] = notes + _alone(*sides)
     return table
 
 
+def direction(name: str, unit: str = "") -> int:
+    """1 where more is better, -1 where less is, 0 where it is not known; the name counts before the unit.
+
+    Rates ("token/s", "B/s") and factors ("x") are gains, amounts of time, memory, energy and loss are costs.
+    """
+    if HIGHER.search(name):
+        return 1
+    if LOWER.search(name):
+        return -1
+    amount, _, per = unit.partition("/")
+    if unit == "x" or per == "s":
+        return 1
+    return -1 if amount in COSTS else 0
+
+
 def pooled(metrics: Sequence[Metric]) -> Metric:
     """One metric of several runs: their median, with an interval if they have their own or are `ENOUGH`."""
     value, low, high = median_interval([metric.value for metric in metrics])
-    lows = [metric.low for metric in metrics if metric.low is not None]
-    highs = [metric.high for metric in metrics if metric.high is not None]
-    if len(lows) == len(highs) == len(metrics):
-        return Metric(value, metrics[0].unit, min(low, float(np.median(lows))), max(high, float(np.median(highs))))
-    return Metric(value, metrics[0].unit, low, high) if len(metrics) >= ENOUGH else Metric(value, metrics[0].unit)
+    own = [(m.low, m.high) for m in metrics if m.low is not None and m.high is not None]
+    if len(own) == len(metrics):
+        middle_low, middle_high = np.median(own, axis=0).tolist()
+        return Metric(value, metrics[0].unit, min(low, middle_low), max(high, middle_high))
+    return Metric(value, metrics[0].unit, *((low, high) if len(metrics) >= ENOUGH else ()))
 
 
 def holm(p: Sequence[float]) -> list[float]:
     """Holm's corrected p-values, in the order given: the chance of any false alarm stays below the level."""
-    corrected, worst = [0.0] * len(p), 0.0
-    for rank, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        worst = max(worst, min(1.0, (len(p) - rank) * p[index]))
-        corrected[index] = worst
-    return corrected
+    values = np.asarray(p, dtype=float)
+    order, corrected = values.argsort(kind="stable"), np.empty_like(values)
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)))
+    return [float(value) for value in corrected]
 
 
-def _read(path: Path) -> Rows:
+def _read(path: Path) -> list[Row]:
     if not path.exists():
         raise InputError(f"no file or folder {path}: give a .jsonl file of records or a folder of such files.")
     rows = []
     for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-        rows += [_record_of(file)] if file.suffix == ".json" else read_records(file)
+        try:
+            rows += [current(json.loads(file.read_text())["record"])] if file.suffix == ".json" else read_records(file)
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{file} is no file of a command's --json: it has no record.") from None
     needed = {*KEY, "metrics", "protocol", "revision", "schema", "time", "hardware", "libraries", "threads"}
     if not rows:
         raise InputError(f"{path} holds no record: give a .jsonl file that llmlab wrote, or a folder of them.")
@@ -110,33 +137,28 @@ def _read(path: Path) -> Rows:
     return sorted(rows, key=lambda row: str(row["time"]))
 
 
-def _record_of(json_file: Path) -> Row:
-    try:
-        return current(json.loads(json_file.read_text(encoding="utf-8"))["record"])
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{json_file} is no file of a command's --json: it has no record.") from None
-
-
-def _complete(rows: Rows, others: Rows, side: str) -> list[str]:
+def _complete(rows: list[Row], others: list[Row], side: str) -> list[str]:
     """Old records (schema 1) tell few settings: each takes those of the other side's newest run that it does not
     contradict. What was taken, a note for each kind of run."""
     notes = []
-    for row in rows:
-        for other in reversed(others if row["schema"] < SCHEMA else []):
-            agrees = all(row["settings"].get(name, value) == value for name, value in other["settings"].items())
-            if other["schema"] == SCHEMA and agrees and all(row[name] == other[name] for name in WORK):
-                if other["settings"] != row["settings"]:
-                    row["settings"] = other["settings"]
-                    notes.append(f"{title(_key(row))}: an old record in {side} does not tell all these settings")
-                break
+    for row in (row for row in rows if row["schema"] < SCHEMA):
+        known = [
+            other["settings"]
+            for other in others
+            if other["schema"] == SCHEMA and all(row[name] == other[name] for name in WORK)
+            if all(row["settings"].get(name, value) == value for name, value in other["settings"].items())
+        ]
+        if known and known[-1] != row["settings"]:
+            row["settings"] = known[-1]
+            notes.append(f"{title(_key(row))}: an old record in {side} does not tell all these settings")
     return list(dict.fromkeys(notes))
 
 
-def _by_key(rows: Rows) -> dict[Key, Rows]:
-    groups: dict[Key, Rows] = defaultdict(list)
+def _by_key(rows: list[Row]) -> Side:
+    groups: Side = {}
     for row in rows:
-        groups[_key(row)].append(row)
-    return dict(groups)
+        groups.setdefault(_key(row), []).append(row)
+    return groups
 
 
 def _key(row: Row) -> Key:
@@ -144,41 +166,27 @@ def _key(row: Row) -> Key:
     return *(row[name] for name in WORK), settings
 
 
-def _protocols(left: Rows, right: Rows) -> list[str]:
-    """A note where no two protocols have the same words."""
-    words = [{row["protocol"].translate(NUMBERS) for row in side} for side in (left, right)]
-    if words[0] & words[1]:
-        return []
-    return [f"the protocols differ, {left[-1]['protocol']!r} in A and {right[-1]['protocol']!r} in B"]
-
-
-def _alone(left: dict[Key, Rows], right: dict[Key, Rows]) -> list[str]:
+def _alone(left: Side, right: Side) -> list[str]:
     """The runs that only one side has, and which settings keep them apart from runs that are alike but for these."""
     lone = [{key: rows for key, rows in a.items() if key not in b} for a, b in ((left, right), (right, left))]
     notes = []
     for work in dict.fromkeys(key[:-1] for key in lone[0]):
-        settings = [
-            [row["settings"] for key, rows in side.items() if key[:-1] == work for row in rows] for side in lone
-        ]
-        if all(settings):
-            notes += [f"{title((*work, ''))}: not compared, {note}" for note in _differences(*settings)]
-    for label, side in zip("AB", lone, strict=True):
-        notes += [f"only in {label}: {title(key)}" for key in side]
-    return notes
+        told = [[row["settings"] for key, rows in side.items() if key[:-1] == work for row in rows] for side in lone]
+        notes += [f"{title((*work, ''))}: not compared, {note}" for note in _differences(*told)] if all(told) else []
+    return notes + [f"only in {label}: {title(key)}" for label, side in zip("AB", lone, strict=True) for key in side]
 
 
-def _metrics(left: Rows, right: Rows) -> Rows:
+def _metrics(left: list[Row], right: list[Row]) -> list[Row]:
+    """A row a metric: both values, and the change as far as they allow one."""
     results = []
     for name in dict.fromkeys(name for row in [*left, *right] for name in row["metrics"]):
         pools = [[Metric(**row["metrics"][name]) for row in side if name in row["metrics"]] for side in (left, right)]
-        result: Row = {"metric": name}
-        if all(pools):
-            a, b = map(pooled, pools)
-            result |= {"unit": b.unit, "a": a.value, "a_low": a.low, "a_high": a.high}
-            result |= {"b": b.value, "b_low": b.low, "b_high": b.high} | _change(a, b)
-        else:
-            result |= {"verdict": f"not judged: only in {'A' if pools[0] else 'B'}"}
-        results.append(result)
+        if not all(pools):
+            results.append({"metric": name, "verdict": f"not judged: only in {'A' if pools[0] else 'B'}"})
+            continue
+        a, b = map(pooled, pools)
+        values = {"a": a.value, "a_low": a.low, "a_high": a.high, "b": b.value, "b_low": b.low, "b_high": b.high}
+        results.append({"metric": name, "unit": b.unit} | values | _change(a, b))
     return results
 
 
@@ -201,38 +209,22 @@ def _change(a: Metric, b: Metric) -> Row:
     return result | {"change_low": low, "change_high": high, "p": math.erfc(z / math.sqrt(2))}
 
 
-def _verdicts(rows: Rows) -> None:
-    """Correct the p-values over all of them and say what each means."""
-    judged = [row for row in rows if "p" in row]
-    for row, p in zip(judged, holm([row["p"] for row in judged]), strict=True):
-        row["p"] = p
-        good = direction(row["metric"], row["unit"]) * (row["b"] - row["a"])
-        sure = "better" if good > 0 else "worse" if good < 0 else "changed"
-        row["verdict"] = sure if p < LEVEL else "within noise"
-
-
 def _differences(left: Sequence[dict[str, str]], right: Sequence[dict[str, str]]) -> list[str]:
     """What is not alike among facts or settings: a sentence for each."""
     notes = []
     for what in dict.fromkeys(name for side in (left, right) for facts in side for name in facts):
-        a, b = (sorted({facts.get(what, "") or "none" for facts in side}) for side in (left, right))
-        if a != b:
-            notes.append(f"{what} differs: {', '.join(a)} in A, {', '.join(b)} in B")
+        a, b = (", ".join(sorted({facts.get(what, "") or "none" for facts in side})) for side in (left, right))
+        notes += [f"{what} differs: {a} in A, {b} in B"] if a != b else []
     return notes
 
 
 def _facts(row: Row) -> dict[str, str]:
     """What may differ between two runs that are compared: the machine, the software, the model's revision."""
     machine = row["hardware"]
-    facts = {
-        "processor": machine.get("cpu"),
-        "CPU capability": machine.get("cpu_capability"),
-        "cores": machine.get("cores"),
-        "system": machine.get("system"),
-        "GPUs": ", ".join(gpu["name"] for gpu in machine.get("gpus", [])) or "none",
-        "threads": row["threads"],
-        f"revision of {row['model']}": row["revision"] or "none",
-    }
+    named = {"processor": "cpu", "CPU capability": "cpu_capability", "cores": "cores", "system": "system"}
+    facts = {what: machine.get(name) for what, name in named.items()}
+    facts["GPUs"] = ", ".join(gpu["name"] for gpu in machine.get("gpus", [])) or "none"
+    facts |= {"threads": row["threads"], f"revision of {row['model']}": row["revision"] or "none"}
     return {name: str(value) for name, value in (facts | row["libraries"]).items()}
 
 

@@ -1,12 +1,11 @@
 """What a number was measured on: hardware, libraries, code version. Also what `llmlab doctor` prints."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from llmlab.kernels import fast
 from llmlab.kernels.cuda import advice, dotted, nvidia, usable
 from llmlab.kernels.plain import fastest_library, onednn_takes, slow_on_cpu
 from llmlab.measure.energy import availability
+from llmlab.model.selfcheck import known
 from llmlab.model.sources import BUILTIN, resolve
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "numpy", "pandas")
@@ -46,26 +46,23 @@ def versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
 @functools.cache
 def git_commit() -> str | None:
     """The checkout's commit, with "+changes" when code or notebooks differ from it; None outside a checkout."""
-    git = shutil.which("git")
-    if git is None or not (PACKAGE.parent / ".git").exists():
+    if not shutil.which("git") or not (PACKAGE.parent / ".git").exists():
         return None
 
     def output(*arguments: str) -> str | None:
-        done = subprocess.run([git, *arguments], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *arguments], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = output("rev-parse", "--short=12", "HEAD")
     changed = output("status", "--porcelain", "--", "llmlab", "notebooks", "constraints.txt")
-    return f"{commit}+changes" if commit and changed else commit
+    return (commit := output("rev-parse", "--short=12", "HEAD")) and commit + ("+changes" if changed else "")
 
 
 @functools.cache
 def cpu_name() -> str:
     """The processor's marketing name."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = re.search(r"^model name\s*:\s*(.+?)\s*$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    return name[1] if name else platform.processor() or platform.machine()
 
 
 def usable_cores() -> int:
@@ -73,23 +70,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def gpus() -> list[Facts]:
-    """Every NVIDIA GPU: name, compute capability, memory in bytes, and whether this build of torch can use it."""
-    good = usable(nvidia())
-    return [
-        asdict(card) | {"capability": dotted(card.capability), "usable": index in good}
-        for index, card in enumerate(nvidia().cards)
-    ]
-
-
 def hardware() -> Facts:
-    """The machine, as it goes into every record."""
+    """The machine, as it goes into every record; memory in bytes; of GPUs whether torch can use them, too."""
+    good = usable(nvidia())
+    gpus = [asdict(card) | {"capability": dotted(card.capability)} for card in nvidia().cards]
     return {
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": usable_cores(),
         "memory": psutil.virtual_memory().total,
-        "gpus": gpus(),
+        "gpus": [gpu | {"usable": index in good} for index, gpu in enumerate(gpus)],
         "cuda": {"build": nvidia().cuda, "driver": nvidia().driver, "problem": advice()},
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -101,15 +91,12 @@ def kernels() -> list[tuple[str, bool, str]]:
     capability = min((card.capability for card in cards if card.capability), default=None)
     bf16_gpu = capability is not None and capability >= (8, 0)
     bf16_why = f"compute capability {dotted(capability)}{'' if bf16_gpu else ', needs 8.0'}"
-    have = versions(OPTIONAL)
-    faster = fastest_library(torch.float32) == "oneDNN"
+    have, faster = versions(OPTIONAL), fastest_library(torch.float32) == "oneDNN"
     return [
         ("fp32 matmul, CPU", True, f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
         ("fp32 matmul, CPU, oneDNN", faster, "faster than torch's default here" if faster else "not faster here"),
-        ("bf16 matmul, CPU", True, _half_on_cpu(torch.bfloat16)),
-        ("fp16 matmul, CPU", True, _half_on_cpu(torch.float16)),
-        ("int4 packed matmul, CPU", True, "torch, activations rounded to bf16"),
-        ("int8 packed matmul, CPU", True, "torch, activations rounded to bf16"),
+        *((f"{name} matmul, CPU", True, _half_on_cpu(fast.DTYPES[name])) for name in ("bf16", "fp16")),
+        *((f"int{bits} packed matmul, CPU", True, "torch, activations rounded to bf16") for bits in (4, 8)),
         ("bf16 matmul, GPU", bf16_gpu, bf16_why if capability else NO_GPU),
         ("int4 packed matmul, GPU", False, "torch has one, llmlab uses Triton's"),
         ("2, 3, 4, 8-bit matmul, GPU, Triton", bool(cards) and "triton" in have, "package triton" if cards else NO_GPU),
@@ -127,9 +114,9 @@ def inventory() -> Facts:
     """Everything a bug report needs, ready for JSON.
 
     Keys: `llmlab`, `commit`, `hardware`, `libraries`, `builtin_model`, `kernels`, `fast` (measured on this CPU:
-    {operation: {rate, unit}}), `default_dtype`, `advice` (a sentence) and `energy`.
+    {operation: {rate, unit}}), `default_dtype`, `advice` (a sentence), `energy` and `checks` (fast paths that were held
+    against the plain forward pass here, see `model.selfcheck.known`).
     """
-    installed = versions(LIBRARIES + OPTIONAL)
     try:
         model = {"found": True, "where": Path(resolve(BUILTIN).location).name}
     except InputError as error:
@@ -139,13 +126,14 @@ def inventory() -> Facts:
         "llmlab": __version__,
         "commit": git_commit(),
         "hardware": hardware(),
-        "libraries": {name: installed.get(name) for name in LIBRARIES + OPTIONAL},
+        "libraries": dict.fromkeys(LIBRARIES + OPTIONAL) | versions(LIBRARIES + OPTIONAL),
         "builtin_model": model,
         "kernels": [{"kernel": what, "usable": usable, "reason": why} for what, usable, why in kernels()],
         "fast": {str(p): {"rate": fast.rate(p, value), "unit": fast.unit(p)} for p, value in fast.table().items()},
         "default_dtype": fast.default_dtype(device),
         "advice": fast.advice(device),
         "energy": [{"device": what, "usable": usable, "reason": why} for what, usable, why in energy()],
+        "checks": known(),
     }
 
 

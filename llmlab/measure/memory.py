@@ -1,17 +1,14 @@
 """Peak memory of a piece of work."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
-
-STATUS = Path("/proc/self/status")
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
@@ -34,7 +31,5 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
         return None
     before = psutil.Process().memory_info().rss
     run()
-    for line in STATUS.read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return max(0, int(line.split()[1]) * 1024 - before)
-    return None
+    peak = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+    return max(0, int(peak[1]) * 1024 - before) if peak else None

@@ -1,7 +1,5 @@
 """The two phases of generation as functions to time: prefill (many tokens at once) and one decode step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -46,8 +44,7 @@ def prefill(lm: LM, tokens: int, *, seed: int = 0) -> Phase:
 
 def decode_step(lm: LM, context: int, *, seed: int = 0) -> Phase:
     """One token through the model after `context` tokens in the KV cache; each call starts from the same cache."""
-    ids = _random_ids(lm, context, seed)
-    cache = DynamicCache(config=lm.model.config)
+    ids, cache = _random_ids(lm, context, seed), DynamicCache(config=lm.model.config)
     with torch.inference_mode():
         lm.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
 
@@ -66,20 +63,12 @@ def utilization(phase: Phase, timing: Timing, peaks: Peaks) -> Measurement:
     MFU = FLOPs / seconds / peak FLOP/s; MBU = bytes read / seconds / peak bytes/s.
     """
     seconds = timing.median
-    return Measurement(
-        task=phase.name,
-        values={
-            "seconds": seconds,
-            "tokens_per_second": Metric(phase.tokens / seconds.value, "token/s"),
-            "flops": Metric(phase.flops / seconds.value, "FLOP/s"),
-            "intensity": Metric(phase.intensity, "FLOP/byte"),
-            "mfu": Metric(phase.flops / seconds.value / peaks.flops.value),
-            "mbu": Metric(phase.bytes_read / seconds.value / peaks.bandwidth.value),
-        },
-        n=phase.tokens,
-        protocol=f"{phase.name}, batch 1, transformers' eager forward; median of interleaved repeats",
-        settings=phase.settings,
-    )
+    flops, read = phase.flops / seconds.value, phase.bytes_read / seconds.value
+    values = {"seconds": seconds, "tokens_per_second": Metric(phase.tokens / seconds.value, "token/s")}
+    values |= {"flops": Metric(flops, "FLOP/s"), "intensity": Metric(phase.intensity, "FLOP/byte")}
+    values |= {"mfu": Metric(flops / peaks.flops.value), "mbu": Metric(read / peaks.bandwidth.value)}
+    protocol = f"{phase.name}, batch 1, transformers' eager forward; median of interleaved repeats"
+    return Measurement(phase.name, values, phase.tokens, protocol, settings=phase.settings)
 
 
 def _random_ids(lm: LM, tokens: int, seed: int) -> torch.Tensor:

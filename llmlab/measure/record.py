@@ -9,48 +9,38 @@ import re
 import uuid
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
+from io import FileIO
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import pandas as pd
 import torch
-from filelock import FileLock
 
 from llmlab.base.errors import InputError
+from llmlab.base.lock import locked
 from llmlab.base.paths import check_writable, home
 from llmlab.base.stats import Metric
 from llmlab.measure.environment import git_commit, hardware, versions
 from llmlab.model.lm import LM
+
+if TYPE_CHECKING:
+    from llmlab.decoding.result import GenerateResult
+    from llmlab.scoring.perplexity import PerplexityResult
+    from llmlab.scoring.score import ScoreResult
 
 SCHEMA = 2  # 1 had neither settings nor memory_bytes
 
 Row = dict[str, Any]  # a record as its line of JSON holds it
 
 
-class Result(Protocol):
-    """What every job returns, as far as a record needs it: its members are those of `Record`."""
-
-    @property
-    def task(self) -> str: ...
-    @property
-    def data(self) -> str: ...
-    @property
-    def n(self) -> int: ...
-    @property
-    def protocol(self) -> str: ...
-    @property
-    def settings(self) -> dict[str, str]: ...
-    @property
-    def seed(self) -> int | None: ...
-    @property
-    def memory_bytes(self) -> int | None: ...
-    def metrics(self) -> dict[str, Metric]: ...
-
-
 @dataclass(frozen=True)
 class Measurement:
-    """A Result of your own: numbers with units, what they are of and how they came about (see `Record`)."""
+    """A result of your own: numbers with units, what they are of and how they came about (see `Record`).
+
+    `details`: what else the command line's --json tells; not recorded.
+    """
 
     task: str
     values: dict[str, Metric]
@@ -60,54 +50,52 @@ class Measurement:
     settings: dict[str, str] = field(default_factory=dict)
     seed: int | None = None
     memory_bytes: int | None = None
+    details: Row = field(default_factory=dict)
 
     def metrics(self) -> dict[str, Metric]:
         """The measurements with their units."""
         return self.values
+
+    def as_dict(self) -> Row:
+        """What --json tells."""
+        return self.details
+
+
+Result: TypeAlias = "Measurement | ScoreResult | PerplexityResult | GenerateResult"
 
 
 @dataclass(frozen=True)
 class Record:
     """One measurement with everything needed to trust and repeat it.
 
-    Attributes:
-        task: what was measured ("hellaswag", "perplexity", "generate", ...).
-        metrics: name to value with unit and interval.
-        n: items, tokens or prompts behind the metrics.
-        model, revision, transformation: what ran.
-        track: "exact" (the model's own arithmetic) or "open" (accuracy may pay for speed).
-        protocol: how it was measured, in one line for people.
-        data: fingerprint or name of the data.
-        settings: how it ran, such as {"batch_size": "8", "draft": "lookup"}: runs with other settings are other runs.
-        weight_bytes: of the model's weights.
-        memory_bytes: of all that the process held for the model: weights, an engine's own copies of them, its cache;
-            None means the weights alone.
-        seed, warmup, repeats: of the measurement; repeats 1 means one run, no spread.
+    `memory_bytes` is all that the process held for the model: weights, an engine's own copies of them, its cache; None
+    means the weights alone. `attempt` is the run of a notebook that measured it, in a report or a sweep.
     """
 
     task: str
     metrics: dict[str, Metric]
-    n: int
+    n: int  # items, tokens or prompts behind the metrics
     model: str
     revision: str | None
     transformation: str
     dtype: str
     device: str
     threads: int
-    track: Literal["exact", "open"]
-    protocol: str
-    data: str
-    settings: dict[str, str] = field(default_factory=dict)
+    track: Literal["exact", "open"]  # the model's own arithmetic, or accuracy may pay for speed
+    protocol: str  # how it was measured, in one line for people
+    data: str  # fingerprint or name
+    settings: dict[str, str] = field(default_factory=dict)  # {"batch_size": "8"}, say: with others it is another run
     weight_bytes: int | None = None
     memory_bytes: int | None = None
     seed: int | None = None
     warmup: int = 0
-    repeats: int = 1
+    repeats: int = 1  # counted runs; 1 means no spread
     hardware: dict[str, object] = field(default_factory=hardware)
     libraries: dict[str, str] = field(default_factory=versions)
     commit: str | None = field(default_factory=git_commit)
     time: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    attempt: str | None = field(default_factory=lambda: Path(os.environ.get("LLMLAB_ATTEMPT", "")).name or None)
     schema: int = SCHEMA
 
     def as_dict(self) -> Row:
@@ -115,40 +103,24 @@ class Record:
         return asdict(self)
 
 
-def describe(
-    lm: LM,
-    result: Result,
-    *,
-    seed: int | None = None,
-    warmup: int = 0,
-    repeats: int = 1,
-    joules_per_1000_tokens: Metric | None = None,
-) -> Record:
+def describe(lm: LM, result: Result, *, joules_per_1000_tokens: Metric | None = None, **how: Any) -> Record:
     """The Record of a result on a model. Untransformed weights are the exact track, anything else the open track.
 
-    `seed`: if the result does not know it. `joules_per_1000_tokens`: from `measure.energy`; left out where energy was
-    not measured.
+    `how`: `warmup`, `repeats`, and `seed` if the result does not know it. `joules_per_1000_tokens`: left out where
+    energy was not measured.
     """
     energy = {"joules_per_1000_tokens": joules_per_1000_tokens} if joules_per_1000_tokens else {}
+    told = {name: getattr(result, name) for name in ("task", "n", "protocol", "data", "settings", "memory_bytes")}
+    own = {name: getattr(lm, name) for name in ("revision", "transformation", "dtype", "weight_bytes")}
     return Record(
-        task=result.task,
-        metrics=result.metrics() | energy,
-        n=result.n,
+        **told,
+        **own,
+        **({"seed": result.seed} | how),
         model=lm.name,
-        revision=lm.revision,
-        transformation=lm.transformation,
-        dtype=lm.dtype,
-        device=torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else "cpu",
+        metrics=result.metrics() | energy,
         threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else "cpu",
         track="exact" if lm.transformation == "none" else "open",
-        protocol=result.protocol,
-        data=result.data,
-        settings=result.settings,
-        weight_bytes=lm.weight_bytes,
-        memory_bytes=result.memory_bytes,
-        seed=result.seed if seed is None else seed,
-        warmup=warmup,
-        repeats=repeats,
     )
 
 
@@ -170,11 +142,10 @@ def append(record: Record, path: Path | None = None) -> Record:
     """Append a record as one line of JSON, whole and on disk when this returns. Safe among processes.
 
     A line that an earlier crash left torn is closed first, so that it spoils nothing else. If the disk is full the
-    half-written line is taken back, every earlier record stays, and the error is raised.
+    half-written line is taken back, every earlier record stays, and InputError is raised.
     """
-    path = check_store(path)
-    with FileLock(f"{path}.lock"):
-        _write(path, [record.as_dict()])
+    with _alone(check_store(path)) as store:
+        _write(store, [record.as_dict()])
     return record
 
 
@@ -184,10 +155,10 @@ def merge(sources: Sequence[Path], path: Path | None = None) -> int:
     May be repeated: a second time it appends nothing.
     """
     path = check_store(path)
-    with FileLock(f"{path}.lock"):
+    with _alone(path) as store:
         known = {row["id"] for row in read_records(path)}
         missing = [row for source in sources for row in read_records(source) if row["id"] not in known]
-        _write(path, missing)
+        _write(store, missing)
     return len(missing)
 
 
@@ -216,26 +187,26 @@ def records(path: Path | None = None) -> pd.DataFrame:
 
 def as_frame(rows: Sequence[Row]) -> pd.DataFrame:
     """What `records` returns, of rows that are read already."""
+    apart = {"metrics", "settings", "hardware", "libraries", "schema", "attempt"}
+    columns = [f.name for f in fields(Record) if f.name not in apart]
     flat, units = [], {}
     for record in rows:
-        row = record["settings"] | {name: record.get(name) for name in _COLUMNS}
-        row["gpu"] = ", ".join(gpu["name"] for gpu in record["hardware"]["gpus"]) or None
-        row["cpu"] = record["hardware"]["cpu"]
+        gpus = ", ".join(gpu["name"] for gpu in record["hardware"]["gpus"]) or None
+        row = record["settings"] | {name: record.get(name) for name in columns}
+        row |= {"gpu": gpus, "cpu": record["hardware"]["cpu"]}
         for name, metric in record["metrics"].items():
-            row[name] = metric["value"]
-            units[name] = metric["unit"]
+            row[name], units[name] = metric["value"], metric["unit"]
             if metric["low"] is not None:
-                row[f"{name}_low"], row[f"{name}_high"] = metric["low"], metric["high"]
+                row |= {f"{name}_low": metric["low"], f"{name}_high": metric["high"]}
         flat.append(row)
-    frame = pd.DataFrame(flat, columns=None if flat else [*_COLUMNS, "gpu", "cpu"])
+    frame = pd.DataFrame(flat, columns=None if flat else [*columns, "gpu", "cpu"])
     frame["time"] = pd.to_datetime(frame["time"], utc=True)
     frame.attrs["units"] = units
     return frame
 
 
-_COLUMNS = [f.name for f in fields(Record) if f.name not in {"metrics", "settings", "hardware", "libraries", "schema"}]
 # What protocols of schema 1 told of settings, by the names that these have today.
-_TOLD = (
+TOLD = (
     r"precision (?P<precision>[^;]+); method (?P<method>[^;]+); sharding (?P<sharding>[^;]+); draft (?P<draft>[^;]+);",
     r"(greedy|temperature (?P<temperature>\S+), top-p (?P<top_p>\S+)), batch size (?P<batch_size>\d+), "
     r"(static )?KV cache(, draft: (?P<draft>.+))?, tokens counted",
@@ -246,37 +217,37 @@ _TOLD = (
 
 
 def current(row: Row) -> Row:
-    """A stored record as of today's schema. One of schema 1 gets the settings that its protocol tells, maybe not all.
+    """A stored record as of today's schema; one of schema 1 gets the settings that its protocol tells, maybe not all.
 
-    The only place that takes facts from a protocol, and for old records alone: results tell their settings.
     Raises ValueError for a newer schema.
     """
     if row["schema"] > SCHEMA:
         raise ValueError(f"its schema {row['schema']} is newer than {SCHEMA}")
     if row["schema"] == SCHEMA:
         return row
-    match = next(filter(None, (re.match(pattern, row.get("protocol", "")) for pattern in _TOLD)), None)
+    match = next(filter(None, (re.match(pattern, row.get("protocol", "")) for pattern in TOLD)), None)
     settings = {name: value for name, value in match.groupdict().items() if value} if match else {}
-    if row.get("task") == "generate":
-        settings = {"temperature": "0", "draft": ""} | settings
-    elif settings.get("draft") == "none":
-        settings["draft"] = ""
-    return row | {"settings": settings}
+    plain = {"temperature": "0", "draft": ""} if row.get("task") == "generate" else {}
+    return row | {"settings": plain | settings | ({"draft": ""} if settings.get("draft") == "none" else {})}
 
 
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows to a store that this process has locked: all of them or, if the disk refuses, none."""
+def _alone(path: Path) -> AbstractContextManager[FileIO]:
+    # The lock is the store's own: no second file beside it can stay behind, or belong to somebody else.
+    return locked(path, f"another process holds {path}: wait for it or end it, then record again.")
+
+
+def _write(store: FileIO, rows: Sequence[Row]) -> None:
+    """Append rows to a store: all of them or, if the disk refuses, none."""
     lines = b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows)
-    # Unbuffered: a buffer would try again to write what the disk refused when the file is closed.
-    with path.open("ab+", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - 1))
-        if lines and file.read(1) not in (b"", b"\n"):
-            lines = b"\n" + lines
-        try:
-            while lines:
-                lines = lines[file.write(lines) :]
-            os.fsync(file.fileno())
-        except OSError:
-            os.truncate(path, end)
-            raise
+    end = store.seek(0, os.SEEK_END)
+    store.seek(max(0, end - 1))
+    if lines and store.read(1) not in (b"", b"\n"):
+        lines = b"\n" + lines
+    try:
+        while lines:
+            lines = lines[store.write(lines) :]
+        os.fsync(store.fileno())
+    except OSError as error:
+        store.truncate(end)
+        why = f"cannot append to {store.name} ({error.strerror})"
+        raise InputError(f"{why}: the earlier records stand; make room there and record again.") from error

@@ -4,20 +4,22 @@ A kernel that does F FLOPs on B bytes cannot run faster than max(F / peak FLOP/s
 Waterman and Patterson 2009). MFU is the share of the first limit that is reached, MBU that of the second.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 from llmlab.base.clock import compare
-from llmlab.base.stats import Metric
+from llmlab.base.stats import Metric, median_interval
 from llmlab.model.lm import DTYPES
 
 CPU_BYTES = 256 * 2**20  # larger than any cache of a CPU
 GPU_BYTES = 2 * 2**30
+Shape = tuple[int, int, int]  # rows, inner, columns
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Peaks:
     dtype: str
     flops: Metric  # FLOP/s of the best matmul tried
     bandwidth: Metric  # bytes/s read from memory
-    matmul: tuple[int, int, int]  # (rows, inner, columns) of that matmul
+    matmul: Shape  # (rows, inner, columns) of that matmul
 
     @property
     def ridge(self) -> float:
@@ -41,22 +43,15 @@ class Peaks:
 
 
 def measure_peaks(
-    dtypes: Sequence[str],
-    device: torch.device,
-    *,
-    shapes: Sequence[tuple[int, int, int]] | None = None,
-    min_seconds: float = 0.5,
+    dtypes: Sequence[str], device: torch.device, *, shapes: Sequence[Shape] | None = None, min_seconds: float = 0.5
 ) -> dict[str, Peaks]:
     """Measure both limits of a device for some dtypes; memory's is one for all of them.
-
-    Arithmetic: the fastest of a few matmuls [rows, inner] x [inner, columns]. Memory: the faster of a matrix-vector
-    product, which reads every weight once as decoding does, and a copy (read plus write), both over far more bytes
-    than the caches hold.
 
     Args:
         dtypes: of "fp32", "bf16" and "fp16".
         device: where.
-        shapes: matmuls to try, a model's own say; by default square ones that suit the device.
+        shapes: matmuls [rows, inner] x [inner, columns] to try, a model's own say; by default square ones that suit
+            the device. The fastest is the limit.
         min_seconds: measured time for each candidate.
     """
     sizes = (1024, 2048) if device.type == "cpu" else (4096, 8192)
@@ -65,39 +60,40 @@ def measure_peaks(
     bandwidth = measure_bandwidth(device, min_seconds=min_seconds)
     peaks = {}
     for dtype in dtypes:
-        with torch.inference_mode():
-            products = {str(shape): _matmul(shape, DTYPES[dtype], device) for shape in shapes}
-            timings = compare(products, warmup=2, min_runs=3, min_seconds=min_seconds)
-        rates = {shape: _rate(2.0 * math.prod(shape), timings[str(shape)].median, "FLOP/s") for shape in shapes}
-        best = max(shapes, key=lambda shape: rates[shape].value)
-        peaks[dtype] = Peaks(name, dtype, rates[best], bandwidth, best)
+        work = {shape: (_matmul(shape, DTYPES[dtype], device), 2.0 * math.prod(shape)) for shape in shapes}
+        best, rate = _fastest(work, "FLOP/s", min_seconds)
+        peaks[dtype] = Peaks(name, dtype, rate, bandwidth, best)
     return peaks
 
 
 def measure_bandwidth(device: torch.device, *, min_seconds: float = 0.5) -> Metric:
-    """Bytes per second that the device reads (or reads and writes) from its memory."""
-    size = CPU_BYTES if device.type == "cpu" else GPU_BYTES
-    columns = 4096
+    """Bytes per second that the device reads, or reads and writes, from memory, over far more than the caches hold.
+
+    The faster of a matrix-vector product, which reads every weight once as decoding does, and a copy.
+    """
+    columns, size = 4096, CPU_BYTES if device.type == "cpu" else GPU_BYTES
     rows = size // (4 * columns)
-    with torch.inference_mode():
-        source = torch.ones(rows, columns, device=device)
-        target = torch.empty_like(source)
-        candidates: dict[str, Callable[[], object]] = {
-            "matrix-vector": _matmul((1, columns, rows), torch.float32, device),
-            "copy": lambda: target.copy_(source),
-        }
-        timings = compare(candidates, warmup=2, min_runs=3, min_seconds=min_seconds)
-    moved = {"matrix-vector": rows * columns * 4.0, "copy": rows * columns * 8.0}
-    return max((_rate(moved[n], timings[n].median, "B/s") for n in candidates), key=lambda rate: rate.value)
+    source = torch.ones(rows, columns, device=device)
+    target = torch.empty_like(source)
+    product = _matmul((1, columns, rows), torch.float32, device)
+    copy = partial(target.copy_, source)
+    return _fastest({"matrix-vector": (product, float(size)), "copy": (copy, 2.0 * size)}, "B/s", min_seconds)[1]
 
 
-def _matmul(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+def _matmul(shape: Shape, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
     rows, inner, columns = shape
     x = torch.ones(rows, inner, dtype=dtype, device=device)
     weight = torch.ones(columns, inner, dtype=dtype, device=device)  # as nn.Linear stores it
-    return lambda: torch.nn.functional.linear(x, weight)
+    return partial(torch.nn.functional.linear, x, weight)
 
 
-def _rate(amount: float, seconds: Metric, unit: str) -> Metric:
-    assert seconds.low is not None and seconds.high is not None
-    return Metric(amount / seconds.value, unit, amount / seconds.high, amount / seconds.low)
+@torch.inference_mode()
+def _fastest(work: dict[T, tuple[Callable[[], object], float]], unit: str, min_seconds: float) -> tuple[T, Metric]:
+    """Which of some functions does the most in a second, and how much; each with the amount that a call does."""
+    runs = {str(name): run for name, (run, _) in work.items()}
+    timings = compare(runs, warmup=2, min_runs=3, min_seconds=min_seconds)
+    rates = {}
+    for name, (_, amount) in work.items():
+        seconds, low, high = median_interval(timings[str(name)].seconds)
+        rates[name] = Metric(amount / seconds, unit, amount / high, amount / low)
+    return max(rates.items(), key=lambda rate: rate[1].value)
