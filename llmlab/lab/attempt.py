@@ -1,11 +1,8 @@
 """A notebook in a process and a folder of its own: how reports and sweeps run it, watch it and end it.
 
-From outside a `Job` under way is an `Attempt`, which starts `python -m llmlab.lab.execute`, watches time and memory and
-leaves nothing running. An attempt works in a folder of its own and takes the job's place by one rename, whole: a killed
-attempt leaves no result, and of two attempts at the same job one alone is kept.
+The folder takes the job's place by one rename, whole: a killed attempt leaves no result, and of two attempts at the
+same job one alone is kept.
 """
-
-from __future__ import annotations
 
 import contextlib
 import datetime
@@ -17,30 +14,25 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Self
 
 import psutil
-from filelock import FileLock, Timeout
 
-from llmlab.base.errors import InputError
+from llmlab.base.lock import locked
 from llmlab.base.paths import atomic
 
 ATTEMPTS = ".attempts"  # the folder beside the places of jobs in which attempts work
 MARK = "LLMLAB_ATTEMPT"  # in the environment of every process of an attempt: its folder
 POLL = 0.2  # seconds between two looks at a job
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job stands.
-
-    Attributes:
-        status: "finished", "failed", "interrupted" (killed, so that there is no result) or "waiting".
-        seconds: that it ran.
-        error, traceback: one line, and all of it, if it failed.
-    """
+    """How a job stands: "finished", "failed" (`error` is one line), "interrupted" (killed: no result) or "waiting"."""
 
     status: str
     seconds: float | None = None
@@ -48,13 +40,12 @@ class Outcome:
     traceback: str | None = None
 
     @classmethod
-    def read(cls, folder: Path) -> Outcome:
+    def read(cls, folder: Path) -> Self:
         """From the run.json of a folder; "waiting" without one."""
-        file = folder / "run.json"
-        if not file.exists():
+        if not (folder / "run.json").exists():
             return cls("waiting")
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return cls(content["status"], content["seconds"], content["error"], content["traceback"])
+        content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return cls(**{field.name: content[field.name] for field in fields(cls)})
 
     def write(self, folder: Path, parameters: Mapping[str, object]) -> None:
         """Write the run.json of an attempt, whole or not at all."""
@@ -68,13 +59,10 @@ class Job:
     """A notebook to be run with parameters, where its results go and what it may use.
 
     Attributes:
-        notebook, parameters: the file, and values for its cell tagged `parameters`.
         place: folder of notebook.ipynb (executed), run.json, log.txt and figures once it has ended.
         folder: of notebooks and modules that belong to it, importable while it runs.
-        isolated: its place is its current folder and its LLMLAB_HOME, so that its records go there, too; by default
-            these are `folder` and the lab's own.
-        timeout: seconds from the start of its process, or None.
-        memory: resident bytes of all its processes together, or None.
+        isolated: its place, not `folder`, is its current folder and its LLMLAB_HOME, so that its records go there, too.
+        timeout, memory: seconds from its start; resident bytes of all its processes together.
     """
 
     notebook: Path
@@ -97,15 +85,15 @@ class Job:
 
 
 class Attempt:
-    """A job under way: `poll` it until it says how the job stands, `end` it to stop it."""
+    """A job under way: `poll` or `wait` for its outcome, or `end` it. Given `cores`, it sees no GPUs but `gpus`."""
 
-    def __init__(self, job: Job, environment: dict[str, str] | None = None) -> None:
-        """Start it, with variables beside this process's own."""
-        self.job = job
+    def __init__(self, job: Job, cores: int | None = None, gpus: Sequence[str] = ()) -> None:
+        self.job, self._begin = job, time.monotonic()
         self.work = job.place.parent / ATTEMPTS / f"{job.id}-{uuid.uuid4().hex[:8]}"
         self.work.mkdir(parents=True)
-        self._begin = time.monotonic()
         own = {MARK: str(self.work), "LLMLAB_FIGURES": str(self.work / "figures")}
+        if cores is not None:
+            own |= dict.fromkeys(THREADS, str(cores)) | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
         if job.isolated:
             path = os.pathsep.join(filter(None, [str(job.folder), os.environ.get("PYTHONPATH")]))
             own |= {"LLMLAB_HOME": str(self.work), "PYTHONPATH": path}
@@ -114,14 +102,11 @@ class Attempt:
         (self.work / "job.json").write_text(json.dumps(content), encoding="utf-8")
         with (self.work / "log.txt").open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "llmlab.lab.execute"],
+                [sys.executable, "-m", "llmlab.lab.execute"], stdout=log, stderr=subprocess.STDOUT, cwd=self.work,
                 stdin=subprocess.PIPE,  # its end of file tells the attempt that this process is gone
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self.work,
-                env=os.environ | own | (environment or {}),
+                env=os.environ | own,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the attempt
-            )
+            )  # fmt: skip
 
     def poll(self) -> Outcome | None:
         """None while it runs, then how the job stands: "interrupted" if the attempt was killed."""
@@ -136,8 +121,7 @@ class Attempt:
         if settle(self.work, self.job.place):
             return Outcome.read(self.job.place)
         how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit status {code}"
-        if code == -signal.SIGKILL:
-            how += " (by someone, or for want of memory)"
+        how += " (by someone, or for want of memory)" if code == -signal.SIGKILL else ""
         error = f"its process {how}: start again to repeat it; see {self.work / 'log.txt'}."
         return Outcome("interrupted", seconds, error)
 
@@ -159,7 +143,8 @@ class Attempt:
         timeout, memory = self.job.timeout, self.job.memory
         if timeout is not None and time.monotonic() - self._begin > timeout:
             return f"it ran longer than its timeout of {timeout:g} s and was ended."
-        if memory is not None and (used := sum(map(_resident_bytes, processes(self.work)))) > memory:
+        held = [process.info["memory_info"] for process in processes(self.work)] if memory is not None else []
+        if memory is not None and (used := sum(each.rss for each in held if each)) > memory:
             limit = f"its memory limit of {memory / 2**30:.2f} GiB"
             return f"it used {used / 2**30:.2f} GiB, more than {limit}, and was ended."
         return None
@@ -167,15 +152,12 @@ class Attempt:
 
 @contextlib.contextmanager
 def alone(folder: Path, what: str) -> Iterator[None]:
-    """Keep a folder to this process; at the end, as at the beginning, no attempt in it is left running.
+    """Keep a folder to this process (`what`: a report, a sweep) and leave no attempt in it running, no old one either.
 
-    Raises InputError if another process is at work in it; `what`: a report, a sweep.
+    Raises InputError if another process is at work in it.
     """
-    try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"another {what} is at work in {folder}: wait for it, or give another output.") from None
-    with lock:
+    busy = f"another {what} is at work in {folder}: wait for it, or give another output."
+    with locked(folder / ".lock", busy, seconds=0):
         end_processes(folder / ATTEMPTS)  # which a killed one left
         try:
             yield
@@ -197,8 +179,8 @@ def settle(work: Path, place: Path) -> bool:
 
 def processes(work: Path) -> list[psutil.Process]:
     """Every other process of an attempt, or of all attempts in a folder, whatever session it went to."""
-    marks = {process: (process.info["environ"] or {}).get(MARK, "/") for process in psutil.process_iter(["environ"])}
-    return [p for p, mark in marks.items() if Path(mark).is_relative_to(work) and p.pid != os.getpid()]
+    others = [p for p in psutil.process_iter(["environ", "memory_info"]) if p.pid != os.getpid()]
+    return [p for p in others if Path((p.info["environ"] or {}).get(MARK, "/")).is_relative_to(work)]
 
 
 def end_processes(work: Path) -> None:
@@ -211,9 +193,3 @@ def end_processes(work: Path) -> None:
         if not running:
             return
         psutil.wait_procs(running, timeout=1)
-
-
-def _resident_bytes(process: psutil.Process) -> int:
-    with contextlib.suppress(psutil.Error):
-        return process.memory_info().rss
-    return 0

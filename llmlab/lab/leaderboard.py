@@ -1,7 +1,5 @@
 """The leaderboard of the 2023 challenge, and what this lab's planner predicts for the same server."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -27,16 +25,11 @@ def projections(model: str = "llama-30b", devices: int = 4, device: str = "v100"
     """What the planner predicts for that server: fp16 (exact track) and 4-bit weights (open track).
 
     Columns as `results`; `slow`, the seconds if devices reached CAUTIOUS of their peak only; and `assumptions`, all
-    that went into the number.
-
-    Raises InputError if the model fits no layout.
+    that went into the number. Raises InputError if the model fits no layout.
     """
-    card, rows = model_card(model), []
+    card, how, rows = model_card(model), {"devices": devices, "device": device, "workload": "hellaswag"}, []
     for bits, (track, weights) in TRACKS.items():
-        fast, slow = (
-            plan(card, devices=devices, device=device, bits=bits, workload="hellaswag", mfu=mfu)
-            for mfu in (MOST_MFU, CAUTIOUS)
-        )
+        fast, slow = (plan(card, bits=bits, mfu=mfu, **how) for mfu in (MOST_MFU, CAUTIOUS))  # type: ignore[arg-type]
         best, cautious = fast.best.predicted, slow.best.predicted
         assert best and cautious  # there are a device and a workload
         name = f"llmlab, {weights}, {fast.best.name}"

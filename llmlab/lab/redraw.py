@@ -1,11 +1,10 @@
 """The README's figures, drawn again from the recorded runs in data/reference/: `make figures`. Nothing is measured."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -27,7 +26,7 @@ def redraw(reference: Path = REFERENCE, folder: Path = TRACKED) -> list[Path]:
     Raises InputError if a file is missing or lacks the records that a figure needs.
     """
     drawn = []
-    for name, file, alt, draw in FIGURES:
+    for name, file, draw, alt in FIGURES:
         records = read_records(reference / file)
         if records.empty:
             raise InputError(f"there are no records in {reference / file}: run in a checkout with its data/reference.")
@@ -44,15 +43,14 @@ def roofline(records: pd.DataFrame) -> Figure:
     newest = phases.drop_duplicates(["dtype", "task"], keep="last")
     if newest.empty:
         raise InputError("the reference has no record of a phase with flops, intensity, mfu and mbu: run notebook 01.")
-    newest = newest.assign(peak=newest["flops"] / newest["mfu"])
-    newest["bandwidth"] = newest["flops"] / newest["intensity"] / newest["mbu"]
-    limits = newest.drop_duplicates("dtype", keep="last")[["device", "dtype", "peak", "bandwidth"]]
+    limits = newest.drop_duplicates("dtype", keep="last").assign(
+        peak=lambda row: row["flops"] / row["mfu"], bytes=lambda row: row["flops"] / row["intensity"] / row["mbu"]
+    )
     peaks = [
-        Peaks(device, dtype, Metric(peak, "FLOP/s"), Metric(bandwidth, "B/s"), (0, 0, 0))  # its shape is not recorded
-        for device, dtype, peak, bandwidth in limits.itertuples(index=False)
+        Peaks(device, dtype, Metric(peak, "FLOP/s"), Metric(read, "B/s"), (0, 0, 0))  # its shape is not recorded
+        for device, dtype, peak, read in limits[["device", "dtype", "peak", "bytes"]].itertuples(index=False)
     ]
-    is_prefill = newest["task"].str.startswith("prefill")
-    points = newest.assign(label=is_prefill.map({True: "prefill", False: "decode"}))
+    points = newest.assign(label=np.where(newest["task"].str.startswith("prefill"), "prefill", "decode"))
     return speed.roofline(peaks, points, "Decode sits under the slope, prefill under the roof")
 
 
@@ -63,23 +61,15 @@ def trade_offs(records: pd.DataFrame) -> Figure:
     return tradeoffs.pareto_front(points, "decode_tokens_per_second", "perplexity_ratio", title)
 
 
-# Name, file of data/reference/, alt text, function of that file's records.
-FIGURES: list[tuple[str, str, str, Callable[[pd.DataFrame], Figure]]] = [
-    (
-        "roofline",
-        "cpu-2-cores.jsonl",
-        "Roofline of a 2-core machine: attainable GFLOP/s over arithmetic intensity for each dtype; prefill and decode "
-        "step are points with the share of the limit that they reach.",
-        roofline,
-    ),
-    (
-        "trade_offs",
-        "trade-offs-cpu-2-cores.jsonl",
-        "Perplexity over fp32 against decode tokens per second for every combination of precision, method, sharding "
-        "and draft; the Pareto front is numbered and named, dominated combinations are grey.",
-        trade_offs,
-    ),
-]
+# Name, file of data/reference/, function of that file's records, alt text.
+FIGURES: list[tuple[str, str, Callable[[pd.DataFrame], Figure], str]] = [
+    ("roofline", "cpu-2-cores.jsonl", roofline,
+     "Roofline of a 2-core machine: attainable GFLOP/s over arithmetic intensity for each dtype; prefill and decode "
+     "step are points with the share of the limit that they reach."),
+    ("trade_offs", "trade-offs-cpu-2-cores.jsonl", trade_offs,
+     "Perplexity over fp32 against decode tokens per second for every combination of precision, method, sharding "
+     "and draft; the Pareto front is numbered and named, dominated combinations are grey."),
+]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """The leaderboard of the 2023 challenge drawn with projections beside it."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -24,36 +22,29 @@ KINDS = {  # kind -> colour, hatch, what the legend says
 def beside_leaderboard(rows: pd.DataFrame, title: str, limit: tuple[float, str] | None = None) -> Figure:
     """Seconds for the whole set as bars, the longest cut short; projections are hatched.
 
-    Args:
-        rows: columns `name`, `seconds` and `kind`, one of KINDS, as from `leaderboard.results` and
-            `leaderboard.projections`; `slow` where there is a second, more cautious number, to which a line is drawn.
-        limit: seconds that nothing of its kind can beat, and what they are.
+    Columns `name`, `seconds` and `kind`, one of KINDS, as from `leaderboard.results` and `leaderboard.projections`;
+    `slow` where there is a second, more cautious number, to which a line is drawn. `limit`: seconds that nothing of its
+    kind can beat, and what they are.
     """
     rows = rows.sort_values("seconds", ascending=False, ignore_index=True)
     rows = rows.reindex(columns=["name", "seconds", "kind", "slow"])
     base = rows.loc[rows["kind"] == "baseline", "seconds"].max()
     end = 1.28 * rows.loc[rows["kind"] != "baseline", "seconds"].max()
-    figure, axes = draw.canvas(
-        title, 8.2, 1.6 + 0.31 * len(rows), xlim=(0, end * 1.02), ylim=(-0.6, len(rows) + (0.3 if limit else -0.4)),
-        xlabel=f"seconds for {FULL_SET:,} questions (x: baseline over it)",
-    )  # fmt: skip
-    for kind, (colour, hatch, meaning) in KINDS.items():
-        bars = rows[rows["kind"] == kind]
-        if bars.empty:
-            continue
+    figure, axes = draw.canvas(title, 8.2, 1.6 + 0.31 * len(rows), xlim=(0, end * 1.02))
+    axes.set(ylim=(-0.6, len(rows) + (0.3 if limit else -0.4)))
+    axes.set_xlabel(f"seconds for {FULL_SET:,} questions (x: baseline over it)")
+    for y, seconds, kind, slow in rows[["seconds", "kind", "slow"]].itertuples():
+        colour, hatch, meaning = KINDS[kind]
         look = {"color": "white" if hatch else colour, "edgecolor": colour, "hatch": hatch, "label": meaning}
-        axes.barh(bars.index, bars["seconds"].clip(upper=end), height=0.68, **look)
-        more = np.zeros(len(bars)), bars["slow"] - bars["seconds"]
-        axes.errorbar(bars["seconds"], bars.index, xerr=more, fmt="none", ecolor=colour, elinewidth=1.2, capsize=4)
-        for y, seconds, slow in bars[["seconds", "slow"]].itertuples():
-            text = f"{seconds:,.0f} s" if hatch else f"{seconds:,.2f} s"
-            text = text if pd.isna(slow) else f"{seconds:,.0f} to {slow:,.0f} s"
-            text += "" if kind == "baseline" else f", {base / seconds:.1f}x"
-            if seconds > end:
-                axes.plot([end * 0.955, end * 0.975], [y - 0.5, y + 0.5], color="white", linewidth=4)
-                draw.note(axes, f"{text}: bar cut", (end, y), (-32, 0), ha="right", color="white")
-            else:
-                draw.note(axes, text, (np.fmax(seconds, slow), y))
+        whisker = {"xerr": draw.spread([seconds], [seconds], [slow]), "ecolor": colour, "capsize": 4}
+        axes.barh(y, min(seconds, end), height=0.68, **look, **({} if pd.isna(slow) else whisker))
+        text = f"{seconds:,.0f} to {slow:,.0f} s" if slow > 0 else f"{seconds:,.{0 if hatch else 2}f} s"
+        text += "" if kind == "baseline" else f", {base / seconds:.1f}x"
+        if seconds > end:
+            axes.plot([end * 0.955, end * 0.975], [y - 0.5, y + 0.5], color="white", linewidth=4)
+            draw.note(axes, f"{text}: bar cut", (end, y), (-32, 0), ha="right", color="white")
+        else:
+            draw.note(axes, text, (np.fmax(seconds, slow), y))
     if limit:
         draw.rule(axes, limit[0], draw.drawable(limit[1]))
     axes.set_yticks(range(len(rows)), [draw.drawable(name) for name in rows["name"]])

@@ -1,33 +1,31 @@
 """What every figure shares: the style, saving and showing, and the chores of drawing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import Image
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
+from matplotlib.typing import LegendLocType
+from numpy.typing import ArrayLike, NDArray
 
 from llmlab.base.paths import atomic, figures_folder
 
-if TYPE_CHECKING:
-    from IPython.display import Image
-    from matplotlib.typing import LegendLocType
-
 # Safe for colour-blind readers.
-BLUE, AMBER, GREEN, ORANGE, PINK, _, _, SILVER, _, SKY = sns.color_palette("colorblind").as_hex()
+BLUE, AMBER, GREEN, ORANGE, PINK, _, _, SILVER, _, SKY = SHADES = sns.color_palette("colorblind").as_hex()
 GREY, PALE = "#6E6E6E", "#DDE7EE"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY, "black")
 MARKERS = "osD^v<>"
@@ -35,17 +33,10 @@ FONT = "DejaVu Sans"
 STYLE = {
     **sns.axes_style("ticks", {"font.sans-serif": [FONT], "grid.color": "#E2E2E2", "axes.grid": True}),
     **sns.plotting_context("paper", font_scale=1.06, rc={"axes.titlesize": 11, "lines.markersize": 6}),
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "figure.constrained_layout.use": True,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
+    **{"axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left", "axes.titleweight": "bold"},
+    **{"figure.constrained_layout.use": True, "legend.frameon": False, "lines.linewidth": 1.6},
     "patch.force_edgecolor": False,
 }
-# Given a value and both ends of its interval (`with_ends`), seaborn draws the middle one, and a whisker over all.
-INTERVAL = {"estimator": "median", "errorbar": ("pi", 100)}
 SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
@@ -57,25 +48,20 @@ def style() -> Iterator[None]:
 
 
 def save(figure: Figure, name: str, alt: str, folder: Path | None = None) -> Path:
-    """Write NAME.png (200 dpi) and NAME.svg into `folder` (`paths.figures_folder()`), each whole or not at all.
+    """Write NAME.png (200 dpi) and NAME.svg, alt text in their metadata, each whole or not at all; the PNG's path.
 
-    The alt text goes into their metadata.
-
-    Returns the path of the PNG.
+    `folder` is `paths.figures_folder()` by default.
     """
     folder = folder or figures_folder()
     with plt.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "savefig.dpi": 200}):
-        for suffix in ("svg", "png"):
-            metadata = {"Title": name, "Description": alt} | ({"Date": None} if suffix == "svg" else {})
+        for suffix, more in (("svg", {"Date": None}), ("png", {})):
             with atomic(folder / f"{name}.{suffix}") as path:
-                figure.savefig(path, metadata=metadata)
+                figure.savefig(path, metadata={"Title": name, "Description": alt} | more)
     return folder / f"{name}.png"
 
 
 def show(figure: Figure, name: str, alt: str) -> Image:
     """Save a figure and return it as an image that carries its alt text into notebooks and reports."""
-    from IPython.display import Image
-
     path = save(figure, name, alt)
     plt.close(figure)
     return Image(data=path.read_bytes(), format="png", width=round(figure.get_figwidth() * 100), alt=alt)
@@ -104,8 +90,8 @@ def canvas(title: str, width: float = 7.0, height: float = 3.8, **settings: Any)
 
 def note(axes: Axes, text: str, at: tuple[float, float], shift: tuple[float, float] = (7, 0), **look: Any) -> None:
     """Words beside a point of the data, `shift` points (1/72 inch) away from it."""
-    usual: dict[str, Any] = {"va": "center", "size": 8.5}
-    axes.annotate(text, at, shift, textcoords="offset points", **(usual | look))
+    usual: dict[str, Any] = {"textcoords": "offset points", "va": "center", "size": 8.5}
+    axes.annotate(text, at, shift, **(usual | look))
 
 
 def rule(axes: Axes, at: float, text: str, *, colour: str = GREY, horizontal: bool = False) -> None:
@@ -118,20 +104,15 @@ def rule(axes: Axes, at: float, text: str, *, colour: str = GREY, horizontal: bo
         note(axes, text, (at, 1), (4, -1), xycoords=axes.get_xaxis_transform(), va="top", color=colour)
 
 
-def looks(names: pd.Series[str]) -> tuple[dict[str, str], list[str]]:
+def looks(names: pd.Series) -> dict[str, dict[str, Any]]:
     """A colour and a marker for each distinct name."""
-    palette = dict(zip(names.unique(), cycle(COLOURS), strict=False))
-    return palette, list(islice(cycle(MARKERS), len(palette)))
+    pairs = zip(names.unique(), cycle(COLOURS), cycle(MARKERS), strict=False)
+    return {name: {"color": colour, "marker": marker, "markeredgecolor": "white"} for name, colour, marker in pairs}
 
 
-def with_ends(table: pd.DataFrame, value: str) -> pd.DataFrame:
-    """Every row three times: with its value, and with both ends of its interval (`low`, `high`) in the value's place.
-
-    For seaborn with INTERVAL. Where there is no interval the value stands in for its ends.
-    """
-    numbers = table[[value, "low", "high"]].astype(float)
-    ends = numbers[value], numbers[[value, "low"]].min(axis=1), numbers[[value, "high"]].max(axis=1)
-    return pd.concat([table.assign(**{value: end}) for end in ends], ignore_index=True)
+def spread(value: ArrayLike, low: ArrayLike, high: ArrayLike) -> NDArray[np.float64]:
+    """How far an interval reaches below and above a value, as matplotlib wants it; 0 where there is none."""
+    return np.fmax(0, [np.subtract(value, low), np.subtract(high, value)])
 
 
 def lines(axes: Axes, table: pd.DataFrame, x: str, y: str, hue: str, ideal: tuple[str, str] | None = None) -> None:
@@ -139,69 +120,58 @@ def lines(axes: Axes, table: pd.DataFrame, x: str, y: str, hue: str, ideal: tupl
 
     Scales and limits must be set before, as names keep a distance. `ideal`: a column drawn thin, and its line style.
     """
-    palette, markers = looks(table[hue])
-    shared = {"x": x, "hue": hue, "palette": palette, "legend": False, "ax": axes}
-    bars = {"err_style": "bars", "err_kws": {"capsize": 3}, **INTERVAL} if "low" in table else {}
-    data = with_ends(table, y) if bars else table
-    sns.lineplot(data, y=y, style=hue, markers=markers, dashes=False, **shared, **bars)
-    if ideal:
-        sns.lineplot(table, y=ideal[0], linestyle=ideal[1], linewidth=1, **shared)
+    palette, table = looks(table[hue]), table.sort_values(x)
+    for name, look in palette.items():
+        rows = table[table[hue] == name]
+        whiskers = spread(rows[y], rows["low"], rows["high"]) if "low" in table else None
+        axes.errorbar(rows[x], rows[y], whiskers, capsize=3, **look)
+        if ideal:
+            axes.plot(rows[x], rows[ideal[0]], ideal[1], color=look["color"], linewidth=1)
     axes.autoscale_view()
-    ends = table.sort_values(x).groupby(hue, sort=False).last().sort_values(y)
+    ends = table.groupby(hue, sort=False).last().sort_values(y)
     heights = (axes.transData + axes.transAxes.inverted()).transform(ends[[x, y]])[:, 1]  # shares of the axes
     line_height = 0.2 * axes.figure.dpi / axes.get_window_extent().height  # a fifth of an inch
     place = -math.inf
     for name, last, height in zip(ends.index, ends[x], heights, strict=True):
-        place = max(height, place + line_height)
+        place, colour = max(height, place + line_height), palette[name]["color"]
         at = {"xycoords": ("data", "axes fraction"), "size": 9}
-        note(axes, drawable(str(name)), (last, place), (8, 0), color=palette[name], **at)
+        note(axes, drawable(str(name)), (last, place), (8, 0), color=colour, **at)
 
 
-def dots(
-    axes: Axes, table: pd.DataFrame, x: str, y: str, hue: str, texts: pd.Series[str], *, legend: bool = False
-) -> pd.Series[float]:
+def dots(axes: Axes, table: pd.DataFrame, x: str, y: str, hue: str, texts: Sequence[str]) -> list[float]:
     """A row for each value of `y`, in it a dot with a whisker for each of `hue`; columns `low` and `high`.
 
-    Args:
-        texts: words behind each whisker, or behind the table's column `beside` where that is farther.
-
-    Returns the height of each dot.
+    `texts` stand behind each whisker, or behind the table's column `beside` where that is farther. Returns the height
+    of each dot.
     """
-    palette, markers = looks(table[hue])
-    gap, last = 0.22, len(palette) - 1
-    sns.pointplot(
-        with_ends(table, x), x=x, y=y, hue=hue, palette=palette, markers=markers, markersize=7, linestyle="none",
-        dodge=gap * last, capsize=0.07, err_kws={"linewidth": 1.5}, legend=legend, ax=axes, **INTERVAL,
-    )  # fmt: skip
-    heights = pd.Series(table[y].factorize()[0] + gap * (table[hue].factorize()[0] - last / 2), table.index)
+    palette, (rows, names) = looks(table[hue]), table[y].factorize()
+    heights = list(rows + 0.22 * (table[hue].factorize()[0] - (len(palette) - 1) / 2))
     ends = table.reindex(columns=[x, "high", "beside"]).astype(float).max(axis=1)
-    for text, end, height, name in zip(texts, ends, heights, table[hue], strict=True):
-        note(axes, text, (end, height), size=8, color=palette[name])
-    axes.set(ylabel="", ylim=(heights.max() // 1 + 0.6, -0.6))
+    for height, text, end, (_, row) in zip(heights, texts, ends, table.iterrows(), strict=True):
+        look, whisker = palette[row[hue]] | {"markersize": 9}, spread([row[x]], [row["low"]], [row["high"]])
+        axes.errorbar(row[x], height, xerr=whisker, capsize=3, fmt="none", color=look["color"], zorder=1)
+        axes.plot(row[x], height, linestyle="none", label=row[hue], **look)
+        note(axes, text, (end, height), size=8, color=look["color"])
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(max(heights) // 1 + 0.6, -0.6)
+    axes.grid(axis="y", visible=False)
     return heights
 
 
 def stacked(axes: Axes, table: pd.DataFrame, colours: Mapping[str, str], **look: Any) -> list[BarContainer]:
-    """A bar for each row of the table, the first one on top; its parts are the columns named in `colours`.
-
-    Returns the bars of each part.
-    """
+    """A bar for each row of the table, the first on top; its parts, whose bars it returns, are named in `colours`."""
     parts = table[list(colours)]
-    begins = parts.cumsum(axis=1) - parts
+    begins, look = parts.cumsum(axis=1) - parts, {"height": 0.66} | look
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    return [
-        axes.barh(parts.index, parts[part], left=begins[part], color=colour, label=part, height=0.66, **look)
-        for part, colour in colours.items()
-    ]
+    return [axes.barh(parts.index, parts[p], left=begins[p], color=c, label=p, **look) for p, c in colours.items()]
 
 
 def legend_below(axes: Axes, columns: int, at: LegendLocType = "outside lower center") -> None:
-    """The legend of these axes at the bottom of their figure."""
-    handles, labels = axes.get_legend_handles_labels()
-    if legend := axes.get_legend():
-        legend.remove()
-    axes.figure.legend(handles, labels, loc=at, ncols=columns, fontsize=9)
+    """The legend of these axes, each name once, at the bottom of their figure."""
+    handles, names = axes.get_legend_handles_labels()
+    once = dict(zip(names, handles, strict=True))
+    axes.figure.legend(list(once.values()), list(once), loc=at, ncols=columns, fontsize=9)
 
 
 def token_rows(axes: Axes, names: Sequence[str], width: float, top: float = -0.55) -> None:

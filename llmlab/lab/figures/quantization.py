@@ -1,7 +1,5 @@
 """Figures of quantization: a grid, errors by layer, quality over size."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,14 +16,12 @@ RATIOS = (1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100)
 
 @draw.style()
 def grids(weights: Weights, rounded: Mapping[str, tuple[Weights, Weights]], title: str) -> Figure:
-    """The weights of one group, and the levels to which they go.
+    """The weights [columns] of one group of one row, and the levels to which they go.
 
-    Args:
-        weights: [columns], one group of one row.
-        rounded: a row of the picture each: name -> (levels [2^bits], quantized weights [columns]).
+    `rounded`: a row of the picture each: name -> (levels [2^bits], quantized weights [columns]).
     """
     figure, axes = draw.canvas(title, 7, 1.3 + 0.75 * len(rounded), ylim=(len(rounded) + 0.6, -0.6))
-    axes.plot(weights, np.zeros(len(weights)), "|", color="black", markersize=16, markeredgewidth=0.8)
+    axes.plot(weights, np.zeros(len(weights)), "k|", markersize=16, markeredgewidth=0.8)
     for row, (levels, values) in enumerate(rounded.values(), start=1):
         axes.plot(levels, np.full(len(levels), row), "|", color=draw.GREY, markersize=24, markeredgewidth=0.8)
         counts, colour = pd.Series(values.round(6)).value_counts(), draw.COLOURS[row % len(draw.COLOURS) - 1]
@@ -42,13 +38,11 @@ def grids(weights: Weights, rounded: Mapping[str, tuple[Weights, Weights]], titl
 def layer_errors(table: pd.DataFrame, title: str) -> Figure:
     """Relative squared error of each Linear's output over the decoder layers, a line per kind of Linear.
 
-    Args:
-        table: `quantization.walk.Report.table()`: columns `name` ("model.layers.3.mlp.up_proj"), `error`.
+    `table`: `quantization.walk.Report.table()`: columns `name` ("model.layers.3.mlp.up_proj"), `error`.
     """
     parts = table["name"].str.extract(r"\.(?P<layer>\d+)\.(?:.+\.)?(?P<kind>.+)$").astype({"layer": int})
-    figure, axes = draw.canvas(
-        title, 7, 4.2, yscale="log", xlabel="decoder layer", ylabel="‖(W − Q) X‖² / ‖W X‖² of each layer's output"
-    )
+    figure, axes = draw.canvas(title, 7, 4.2, yscale="log", xlabel="decoder layer")
+    axes.set_ylabel("‖(W − Q) X‖² / ‖W X‖² of each layer's output")
     draw.lines(axes, parts.assign(error=table["error"]), "layer", "error", "kind")
     return figure
 
@@ -57,16 +51,13 @@ def layer_errors(table: pd.DataFrame, title: str) -> Figure:
 def quality_over_size(rows: pd.DataFrame, title: str) -> Figure:
     """Perplexity as a multiple of the unquantized model's, over bits a weight; a colour and marker per method.
 
-    Args:
-        rows: columns `method`, `bits_per_weight`, `ratio` and its interval `low`, `high`.
+    Columns `method`, `bits_per_weight`, `ratio` and its interval `low`, `high`.
     """
-    figure, axes = draw.canvas(
-        title, 7, 4.2, yscale="log", xlabel="bits a weight as saved (grids included)",
-        ylabel="perplexity / fp32's (log; bars: paired 95 %)",
-    )  # fmt: skip
+    figure, axes = draw.canvas(title, 7, 4.2, yscale="log", ylabel="perplexity / fp32's (log; bars: paired 95 %)")
     draw.lines(axes, rows, "bits_per_weight", "ratio", "method")
     draw.rule(axes, 1, "not quantized", horizontal=True, colour="black")
     axes.minorticks_off()
+    axes.set_xlabel("bits a weight as saved (grids included)")
     axes.set_yticks([ratio for ratio in RATIOS if ratio <= rows["high"].max() * 1.1])
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     return figure

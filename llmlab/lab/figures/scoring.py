@@ -1,13 +1,10 @@
 """Figures of scoring: the endings of a question, its trie and mask, accuracies, and what each optimization saved."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -19,10 +16,7 @@ from llmlab.lab.figures import draw
 def endings(tokens: list[list[str]], log_probs: list[list[float]], right: int, title: str) -> Figure:
     """The endings of one question, a box a token, shaded by how much the model is surprised by it.
 
-    Args:
-        tokens: the tokens' text, one list an ending.
-        log_probs: their log-probabilities in nats.
-        right: index of the right ending.
+    A list an ending: the tokens' text, and their log-probabilities in nats. `right`: index of the right ending.
     """
     longest = max(sum(map(draw.token_width, row)) for row in tokens)
     figure, axes = draw.canvas(title, max(7.0, 0.088 * longest + 2.2), 0.62 * len(tokens) + 1.35)
@@ -46,19 +40,16 @@ def endings(tokens: list[list[str]], log_probs: list[list[float]], right: int, t
 
 @draw.style()
 def accuracies(results: Mapping[str, Mapping[str, Metric]], chance: float, title: str) -> Figure:
-    """Accuracies with their 95 % intervals, one group of dots a metric, one colour a variant.
+    """Accuracies (variant -> metric name -> share) with 95 % intervals, a row a metric, a colour a variant.
 
-    Args:
-        results: variant -> metric name -> share with interval.
-        chance: accuracy of guessing, drawn as a line.
+    `chance`: accuracy of guessing, drawn as a line.
     """
-    columns = ["variant", "metric", "accuracy", "low", "high"]
     rows = [(v, name, m.value, m.low, m.high) for v, metrics in results.items() for name, m in metrics.items()]
-    table = pd.DataFrame(rows, columns=columns)
-    table[columns[2:]] *= 100
+    table = pd.DataFrame(rows, columns=["variant", "metric", "accuracy", "low", "high"])
+    table[["accuracy", "low", "high"]] *= 100
     figure, axes = draw.canvas(title, 7, 1.6 + 0.5 * len(results) * table["metric"].nunique() ** 0.5)
     texts = table["accuracy"].map("{:.1f} %, ".format) + table["variant"]
-    draw.dots(axes, table, "accuracy", "metric", "variant", texts)
+    draw.dots(axes, table, "accuracy", "metric", "variant", texts.tolist())
     draw.rule(axes, chance * 100, "guessing")
     axes.set_xlabel("right answers (%), bars: 95 % Wilson interval")
     return figure
@@ -68,21 +59,18 @@ def accuracies(results: Mapping[str, Mapping[str, Metric]], chance: float, title
 def waterfall(steps: pd.DataFrame, title: str) -> Figure:
     """Seconds of each step of an ablation, every step keeping the ones before it; what it saved, dimmed.
 
-    Args:
-        steps: from `bench.ablation.ablation`: `step`, `seconds`, `low`, `high`.
+    `steps`: from `bench.ablation.ablation`: `step`, `seconds`, `low`, `high`.
     """
-    first = steps["seconds"].iloc[0]
-    table = steps.assign(before=steps["seconds"].shift().fillna(first))
-    figure, axes = draw.canvas(title, 7, 0.9 + 0.42 * len(steps))
-    look = {"y": "step", "width": 0.62, "saturation": 1, "ax": axes}
-    whisker = {"color": "black", "linewidth": 1.2}
-    sns.barplot(table, x="before", color=draw.PALE, **look)
-    table = draw.with_ends(table, "seconds")
-    sns.barplot(table, x="seconds", color=draw.BLUE, err_kws=whisker, **look, **draw.INTERVAL)
-    for row, end in enumerate(table[["seconds", "before"]].max(axis=1).groupby(table["step"], sort=False).max()):
-        seconds = steps["seconds"].iloc[row]
-        draw.note(axes, f"{seconds:.1f} s, {first / seconds:.2f}x", (end, row))
-    axes.set(xlabel="seconds (black: 95 % interval of the median; light: saved)", ylabel="")
+    seconds, first = steps["seconds"], steps["seconds"].iloc[0]
+    before, names = seconds.shift().fillna(first), steps["step"]
+    figure, axes = draw.canvas(title, 7, 0.9 + 0.42 * len(steps), ylim=(len(steps) - 0.5, -0.5))
+    axes.barh(names, before, color=draw.PALE, height=0.62)
+    whiskers = draw.spread(seconds, steps["low"], steps["high"])
+    axes.barh(names, seconds, xerr=whiskers, color=draw.BLUE, height=0.62, error_kw={"elinewidth": 1.2})
+    for row, end in enumerate(pd.concat([before, seconds, steps["high"]], axis=1).max(axis=1)):
+        draw.note(axes, f"{seconds.iloc[row]:.1f} s, {first / seconds.iloc[row]:.2f}x", (end, row))
+    axes.set_xlabel("seconds (black: 95 % interval of the median; light: saved)")
+    axes.grid(axis="y", visible=False)
     return figure
 
 
@@ -90,9 +78,7 @@ def waterfall(steps: pd.DataFrame, title: str) -> Figure:
 def trie(tokens: Sequence[str], depths: Sequence[int], parents: Sequence[int], n_context: int, title: str) -> Figure:
     """The trie of one question below its context: a node a token, lines to their parents.
 
-    Args:
-        tokens, depths, parents: of every node, depth-first; a root's parent is -1.
-        n_context: nodes of the context; only its last one is drawn.
+    Nodes are depth-first and a root's parent is -1; of the first `n_context`, the context, only the last is drawn.
     """
     root = n_context - 1
     heights: dict[int, float] = {}
@@ -118,13 +104,11 @@ def trie(tokens: Sequence[str], depths: Sequence[int], parents: Sequence[int], n
 @draw.style()
 def mask(visible: NDArray[np.bool_], n_context: int, title: str) -> Figure:
     """Which node (row) sees which node (column): dark where it does. `visible`: [nodes, nodes] bool."""
-    figure, axes = draw.canvas(title, 4.6, 4.6)
-    look = {"cmap": "Blues", "vmin": 0, "vmax": 1.3, "cbar": False, "square": True, "rasterized": True}
-    sns.heatmap(visible, xticklabels=10, yticklabels=10, ax=axes, **look)
-    axes.tick_params(axis="y", labelrotation=0)
-    axes.axhline(n_context, color=draw.ORANGE, linewidth=1)
-    axes.axvline(n_context, color=draw.ORANGE, linewidth=1)
-    draw.note(axes, "context", (n_context / 2, 0), (0, 7), ha="center", color=draw.ORANGE)
-    axes.set(xlabel="node that is seen (key)", ylabel="node that looks (query)")
+    figure, axes = draw.canvas(title, 4.6, 4.6, xlabel="node that is seen (key)", ylabel="node that looks (query)")
+    axes.imshow(visible, cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest")
+    axes.grid(visible=False)
+    for line in (axes.axhline, axes.axvline):
+        line(n_context - 0.5, color=draw.ORANGE, linewidth=1)
+    draw.note(axes, "context", (n_context / 2, -0.5), (0, 7), ha="center", color=draw.ORANGE)
     axes.set_title(title, pad=14)
     return figure

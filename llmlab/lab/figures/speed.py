@@ -1,35 +1,24 @@
 """Figures of where time goes: tokens a second by width, time by module, and the roofline."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from llmlab.lab.figures import draw
-
-if TYPE_CHECKING:
-    from llmlab.measure.roofline import Peaks
+from llmlab.measure.roofline import Peaks
 
 GROUPS = {  # as in `measure.profile`
-    "MLP": draw.BLUE,
-    "attention projections": draw.SKY,
-    "attention core": draw.ORANGE,
-    "output head": draw.GREEN,
-    "embedding": draw.PINK,
-    "norms and the rest": draw.SILVER,
-}
+    "MLP": draw.BLUE, "attention projections": draw.SKY, "attention core": draw.ORANGE, "output head": draw.GREEN,
+    "embedding": draw.PINK, "norms and the rest": draw.SILVER,
+}  # fmt: skip
 
 
 @draw.style()
 def throughput(table: pd.DataFrame, title: str) -> Figure:
     """Tokens/s of one forward pass over its number of tokens, log-log, with intervals; a line per dtype.
 
-    Args:
-        table: columns `tokens`, `dtype`, `seconds`, `low`, `high` (seconds of the pass with their interval).
+    Columns `tokens`, `dtype`, `seconds` of the pass, and their interval `low`, `high`.
     """
     tokens = table["tokens"]
     rates = table.assign(rate=tokens / table["seconds"], low=tokens / table["high"], high=tokens / table["low"])
@@ -49,8 +38,7 @@ def throughput(table: pd.DataFrame, title: str) -> Figure:
 def module_shares(tables: Mapping[str, pd.DataFrame], title: str) -> Figure:
     """Share of time by kind of module, one stacked bar a phase.
 
-    Args:
-        tables: phase ("prefill", "decode") -> columns `group`, `share`, `seconds`, from measure.profile.
+    `tables`: phase ("prefill", "decode") -> columns `group`, `share`, `seconds`, from measure.profile.
     """
     shares = pd.DataFrame({phase: table.set_index("group")["share"] * 100 for phase, table in tables.items()})
     shares.columns = [f"{phase}\n{table['seconds'].sum() * 1000:,.0f} ms" for phase, table in tables.items()]
@@ -66,28 +54,24 @@ def module_shares(tables: Mapping[str, pd.DataFrame], title: str) -> Figure:
 
 @draw.style()
 def roofline(peaks: Sequence[Peaks], points: pd.DataFrame, title: str) -> Figure:
-    """The measured roofline of a device with what was reached under it.
+    """The measured roofline of a device, a line a dtype, with what was reached under it.
 
-    Args:
-        peaks: one per dtype.
-        points: columns `label`, `dtype`, `intensity` (FLOP/byte), `flops` (FLOP/s).
+    `points`: columns `label`, `dtype`, `intensity` (FLOP/byte), `flops` (FLOP/s).
     """
     ridges = [peak.ridge for peak in peaks]
     low, high = min(0.1, points["intensity"].min() / 2), max(points["intensity"].max() * 4, max(ridges) * 30)
     figure, axes = draw.canvas(title, 7, 4.4, xscale="log", yscale="log", xlim=(low, high), ylabel="GFLOP/s")
-    palette, markers = draw.looks(pd.Series([peak.dtype for peak in peaks]))
+    palette = draw.looks(pd.Series([peak.dtype for peak in peaks]))
     for peak in peaks:
-        colour, roof = palette[peak.dtype], peak.flops.value / 1e9
+        colour, roof = palette[peak.dtype]["color"], peak.flops.value / 1e9
         axes.plot([low, peak.ridge, high], [peak.attainable(low) / 1e9, roof, roof], color=colour)
         words = f"{peak.dtype}: {roof:,.0f} GFLOP/s"
         draw.note(axes, words, (peak.ridge, roof), (24, 8), color=colour, size=9, weight="bold")
         reached = points.loc[points["dtype"] == peak.dtype, ["label", "intensity", "flops"]]
         for label, intensity, flops in reached.itertuples(index=False):
             words = f"{label} ({flops / peak.attainable(intensity):.0%})"
+            axes.plot(intensity, flops / 1e9, markersize=7, **palette[peak.dtype])
             draw.note(axes, words, (intensity, flops / 1e9), (9, 0), color=colour)
-    points = points.assign(gflops=points["flops"] / 1e9)
-    look = {"palette": palette, "markers": dict(zip(palette, markers, strict=True)), "s": 50, "legend": False}
-    sns.scatterplot(points, x="intensity", y="gflops", hue="dtype", style="dtype", zorder=3, ax=axes, **look)
     slope, middle = peaks[0].bandwidth.value / 1e9, min(ridges) / 3
     draw.note(axes, f"memory: {slope:.0f} GB/s", (middle, slope * middle), (10, -12), color=draw.GREY, size=9)
     axes.set_xlabel("arithmetic intensity (FLOP per byte of weights read)")

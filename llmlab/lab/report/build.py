@@ -1,15 +1,17 @@
 """Notebooks to a report: papermill runs them, nbconvert renders them, one index page ties them together."""
 
-from __future__ import annotations
-
+import json
+import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 
 import nbformat
 
-from llmlab.base.errors import Interrupted
+from llmlab.base.errors import InputError, Interrupted
 from llmlab.base.paths import atomic, check_writable
 from llmlab.lab.attempt import ATTEMPTS, Attempt, Job, alone
 from llmlab.lab.notebooks import check_parameters, command
@@ -27,32 +29,24 @@ def report(
     on_start: Callable[[str], object] = lambda name: None,
     on_end: Callable[[Run], object] = lambda run: None,
 ) -> list[Run]:
-    """Run notebooks one after another and write their pages and `index.html` into `output`.
+    """Run notebooks one after another, each in its own folder, and write their pages and `index.html` into `output`.
 
-    A notebook that fails leaves its executed copy, traceback included, and the others still run. Each draws its figures
-    into a folder of its own; when it has ended they move to `output`/figures.
-
-    Args:
-        notebooks: from `find_notebooks`; they run in their own folder.
-        output: the report's folder; executed copies go to `output`/notebooks.
-        parameters: JSON values for every one of the notebooks, which must have a parameter of each name.
-        pdf: print every page to a PDF beside it as well.
-        on_start, on_end: called around each notebook.
-
-    Returns:
-        One Run per notebook, failed ones included.
+    Executed copies go to `output`/notebooks, a failed one's with its traceback, figures to `output`/figures. The
+    `parameters` (JSON values) are for every notebook; `pdf` prints every page as well; `on_start` and `on_end` are
+    called around each notebook. Returns one Run per notebook, failed ones included.
 
     Raises:
         InputError: before the first notebook runs: an unknown parameter, an unreadable notebook, an unwritable folder,
-            another report at work in it, a PDF without Chromium.
+            a notebook that would be overwritten, another report at work in the folder, a PDF without Chromium.
         Interrupted: by Ctrl-C or SIGTERM; nothing is left running, and the index shows the notebooks that finished.
     """
     parameters, output, chromium = parameters or {}, output.absolute(), find_chromium() if pdf else None
     for notebook in notebooks:
         check_parameters(notebook, parameters)
+    check_copies(output / "notebooks", notebooks)
     for folder in ("notebooks", "figures"):
         check_writable(output / folder)
-    begin, runs = time.perf_counter(), list[Run]()
+    begin, runs, names = time.perf_counter(), list[Run](), page_names(notebooks)
 
     def write() -> Path:
         seconds = time.perf_counter() - begin
@@ -60,39 +54,70 @@ def report(
 
     with alone(output, "report"):
         shutil.rmtree(output / ATTEMPTS, ignore_errors=True)  # what a killed one left
-        for notebook in notebooks:
-            on_start(notebook.stem)
+        for notebook, name in names.items():
+            on_start(name)
             started = time.perf_counter()
             try:
-                run = run_notebook(notebook, output, parameters)
+                runs.append(run_notebook(notebook, names, output, parameters))
             except KeyboardInterrupt:
-                where = f"{notebook.stem} after {time.perf_counter() - started:.0f} s"
+                where = f"{name} after {time.perf_counter() - started:.0f} s"
                 finished = f"{len(runs)} of {len(notebooks)} notebooks are in {write()}"
                 raise Interrupted(f"interrupted in {where}; {finished}.") from None
-            runs.append(run)
-            on_end(run)
+            on_end(runs[-1])
         index = write()
-        if chromium:
-            for page in [index, *(output / run.page for run in runs if run.page)]:
-                write_pdf(chromium, page)
+        for page in [index, *(output / run.page for run in runs if run.page)] if chromium else []:
+            write_pdf(str(chromium), page)
     return runs
 
 
-def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, object]) -> Run:
+def check_copies(folder: Path, notebooks: Iterable[Path]) -> None:
+    """Raise InputError if a folder for executed copies holds a notebook that no report wrote, or one to be run."""
+    sources = {notebook.resolve() for notebook in notebooks}
+    for path in folder.glob("*.ipynb"):
+        try:
+            copied = "papermill" in json.loads(path.read_bytes())["metadata"]
+        except (OSError, ValueError, LookupError, TypeError):
+            copied = False
+        if not copied or path.resolve() in sources:
+            raise InputError(f"the executed copies would go to {folder}, where {path.name} is: give another --output.")
+
+
+def page_names(notebooks: Iterable[Path]) -> dict[Path, str]:
+    """Each notebook's name in the report: its file's, less what Windows forbids, numbered where it is taken."""
+    names: dict[Path, str] = {}
+    taken = {"index", "challenge"}  # pages of their own
+
+    def key(name: str) -> str:  # some file systems take names that differ in case or in how é is written for one
+        return unicodedata.normalize("NFC", name).casefold()
+
+    for notebook in notebooks:
+        name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", notebook.stem)
+        numbered = (name if k == 1 else f"{name}-{k}" for k in count(1))
+        names[notebook] = next(free for free in numbered if key(free) not in taken)
+        taken.add(key(names[notebook]))
+    return names
+
+
+def run_notebook(
+    notebook: Path, names: Mapping[Path, str], output: Path, parameters: Mapping[str, object]
+) -> Run:  # fmt: skip
     """Execute one notebook into `output`/notebooks and render `output`/NAME.html. Its failure is in the Run."""
-    name, path, recorded = notebook.stem, notebook.absolute(), len(read_records())
+    name, path = names[notebook], notebook.absolute()
     place = output / ATTEMPTS / name
-    outcome = Attempt(Job(path, parameters, place, folder=path.parent)).wait()
+    attempt = Attempt(Job(path, parameters, place, folder=path.parent))
+    outcome = attempt.wait()
     executed, drawn, page = place / "notebook.ipynb", place / "figures", None
     content = nbformat.read(executed if executed.exists() else path, as_version=4)
     if executed.exists():
         page = f"{name}.html"
         with atomic(output / page) as file:
-            file.write_text(render(content, name), encoding="utf-8")
-        executed.replace(output / "notebooks" / notebook.name)
+            pages = {other.resolve(): f"{its}.html" for other, its in names.items()}
+            file.write_text(render(content, name, path.parent, pages), encoding="utf-8")
+        executed.replace(output / "notebooks" / f"{name}.ipynb")
     figures = sorted(figure.stem for figure in drawn.glob("*.png"))
     if drawn.exists():
         shutil.copytree(drawn, output / "figures", dirs_exist_ok=True, copy_function=shutil.move)
     shutil.rmtree(place, ignore_errors=True)
-    seconds, again, records = outcome.seconds or 0.0, command([notebook], parameters), read_records()[recorded:]
+    seconds, again = outcome.seconds or 0.0, command([notebook], parameters)
+    records = [row for row in read_records() if row.get("attempt") == attempt.work.name]
     return Run(name, title(content, name), seconds, again, dict(parameters), page, outcome.error, figures, records)

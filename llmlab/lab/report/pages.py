@@ -4,16 +4,16 @@ Text of models, prompts, records and parameters shows as text. Behind that stand
 page: no script runs and nothing is fetched, whatever HTML an output holds.
 """
 
-from __future__ import annotations
-
 import base64
 import datetime
+import html
 import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import bleach  # type: ignore[import-untyped]  # has no types
 import jinja2
@@ -26,20 +26,17 @@ from traitlets.config import Config
 
 from llmlab.base.paths import PACKAGE, atomic
 from llmlab.base.stats import Metric
-from llmlab.bench.challenge import Submission
 from llmlab.data import FULL_SET
 from llmlab.lab.leaderboard import BOARD
 from llmlab.measure.environment import energy, git_commit, hardware, versions
-from llmlab.measure.record import Record
 
 TEMPLATES = PACKAGE / "lab" / "report" / "templates"
 SHOWN_METRICS = 5  # of each record; the ones with an interval come first
 
 # What Markdown may hold besides its own marks; other tags show as text.
-TAGS = {
-    "a", "abbr", "b", "blockquote", "br", "caption", "code", "dd", "del", "details", "div", "dl", "dt", "em", "h1",
-    "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "kbd", "li", "ol", "p", "pre", "s", "small", "span", "strong",
-    "sub", "summary", "sup", "table", "tbody", "td", "th", "thead", "tr", "u", "ul",
+TAGS = bleach.ALLOWED_TAGS | {
+    "br", "caption", "dd", "del", "details", "div", "dl", "dt", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "img", "kbd",
+    "p", "pre", "s", "small", "span", "sub", "summary", "sup", "table", "tbody", "td", "th", "thead", "tr", "u",
 }  # fmt: skip
 ATTRIBUTES = {"*": ["align", "class", "id", "style", "title"], "a": ["href"], "img": ["alt", "height", "src", "width"]}
 PROTOCOLS = ("http", "https", "mailto", "data")  # data: embedded images; browsers open no page from such a link
@@ -53,9 +50,8 @@ class Run:
     """One executed notebook.
 
     Attributes:
-        name, title: its file name without suffix and its first heading.
-        seconds: that it ran.
-        command: runs it again, alone, with the same parameters.
+        name, title: of its page, and its first heading.
+        command: runs it again, alone, with the same parameters; `seconds`: that it ran.
         page: its HTML beside the index, if it came so far; error: one line if it failed.
         figures, records: names of the figures that it drew, and the records that were written while it ran.
     """
@@ -82,36 +78,37 @@ def title(content: NotebookNode, name: str) -> str:
     return next((str(line.removeprefix("# ")) for line in lines if line.startswith("# ")), name)
 
 
-def render(content: NotebookNode, name: str) -> str:
+def render(content: NotebookNode, name: str, folder: Path = Path(), pages: Mapping[Path, str] | None = None) -> str:
     """A notebook as one HTML page that asks nothing of the network and runs nothing.
 
-    Args:
-        content: the notebook, from nbformat; its links to other notebooks become links to their pages.
-        name: its file name without suffix.
+    A link to another notebook (relative to its `folder`) leads to that one's page: from `pages`, by resolved path, or
+    NAME.html for one in the same folder.
     """
-    content.metadata["title"] = title(content, name)
-    for cell in content.cells:
-        if cell.cell_type == "markdown":
-            cell.source = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.html)", cell.source)
-    content.metadata.pop("widgets", None)  # their state would only be carried along
-    config = Config({"NbConvertBase": {"display_data_priority": PRIORITY}})
-    exporter = HTMLExporter(
-        template_name="llmlab", extra_template_basedirs=[str(TEMPLATES)], embed_images=True, config=config
-    )
+
+    def linked(match: re.Match[str]) -> str:
+        path = (folder / unquote(html.unescape(match[1]))).resolve()
+        beside = f"{path.stem}.html" if path.parent == folder.resolve() else None
+        page = (pages or {}).get(path, beside)
+        return f'href="{quote(page)}{match[2]}"' if page else match[0]
 
     @jinja2.pass_context
     def markdown2html(context: Context, source: str) -> str:
-        return sanitized(exporter.markdown2html(context, source))
+        clean = sanitized(exporter.markdown2html(context, source))
+        return re.sub(r'href="([^":#?]+\.ipynb)((?:#[^"]*)?)"', linked, clean)
 
+    content.metadata["title"] = title(content, name)
+    content.metadata.pop("widgets", None)  # their state would only be carried along
+    config = Config({"NbConvertBase": {"display_data_priority": PRIORITY}})
+    own = {"template_name": "llmlab", "extra_template_basedirs": [str(TEMPLATES)]}
+    exporter = HTMLExporter(embed_images=True, config=config, **own)
     exporter.register_filter("markdown2html", markdown2html)
-    body, _ = exporter.from_notebook_node(content, resources={"metadata": {"name": name}})
-    return str(body)
+    return str(exporter.from_notebook_node(content, resources={"metadata": {"name": name}})[0])
 
 
-def sanitized(html: str) -> str:
+def sanitized(text: str) -> str:
     """HTML with what is not on the list (`TAGS`, `ATTRIBUTES`, `PROTOCOLS`) turned into text or dropped."""
     styles = CSSSanitizer()
-    return str(bleach.clean(html, tags=TAGS, attributes=ATTRIBUTES, protocols=PROTOCOLS, css_sanitizer=styles))
+    return str(bleach.clean(text, tags=TAGS, attributes=ATTRIBUTES, protocols=PROTOCOLS, css_sanitizer=styles))
 
 
 def write_page(output: Path, template: str, **values: object) -> Path:
@@ -126,45 +123,35 @@ def write_page(output: Path, template: str, **values: object) -> Path:
 
 def write_index(runs: Sequence[Run], output: Path, *, seconds: float, command: str) -> Path:
     """The page that ties a report together: runs, figures with their commands, records, environment."""
+    libraries = versions(("torch", "transformers", "numpy", "papermill", "nbconvert"))
     return write_page(
-        output,
-        "index",
-        runs=runs,
-        seconds=seconds,
-        figures=_figures(runs, output),
+        output, "index", runs=runs, seconds=seconds, figures=_figures(runs, output), machine=hardware(),
         records=[(run, record, main_metrics(record["metrics"])) for run in runs for record in run.records],
-        machine=hardware(),
-        energy=energy(),
-        commit=git_commit(),
-        libraries={"python": platform.python_version()}
-        | versions(("torch", "transformers", "numpy", "papermill", "nbconvert")),
-        time=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        command=command,
-    )
+        energy=energy(), commit=git_commit(), libraries={"python": platform.python_version()} | libraries,
+        time=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"), command=command,
+    )  # fmt: skip
 
 
-def write_challenge_page(submission: Submission, record: Record, output: Path) -> Path:
-    """One page about one run of the challenge's job: challenge.html in `output`."""
-    return write_page(output, "challenge", submission=submission, record=record, board=BOARD, questions=FULL_SET)
+def write_challenge_page(record: Mapping[str, Any], output: Path) -> Path:
+    """One page about the record of one run of the challenge's job: challenge.html in `output`."""
+    metrics = {name: Metric(**metric) for name, metric in record["metrics"].items()}
+    return write_page(output, "challenge", record=record, metrics=metrics, board=BOARD, questions=FULL_SET)
 
 
 def main_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Names and values of a record's first metrics, those with an interval before the others."""
-    read = [(name, Metric(**metric)) for name, metric in metrics.items()]
-    read.sort(key=lambda pair: pair[1].low is None)
+    read = sorted(((name, Metric(**metric)) for name, metric in metrics.items()), key=lambda pair: pair[1].low is None)
     return [(name, str(metric)) for name, metric in read[:SHOWN_METRICS]]
 
 
 def _figures(runs: Sequence[Run], output: Path) -> list[dict[str, object]]:
     """The figures of the runs, which are in `output`/figures, each with the run that drew it last."""
     figures = []
-    latest = {name: run for run in runs for name in run.figures}
-    for name, run in sorted(latest.items()):
+    for name, run in sorted({name: each for each in runs for name in each.figures}.items()):
         png = output / "figures" / f"{name}.png"
         with Image.open(png) as image:
             alt = str(image.info.get("Description", name))
-        files = [file for file in (png, png.with_suffix(".svg")) if file.exists()]
-        links = [(file.suffix[1:].upper(), f"figures/{file.name}") for file in files]
+        links = [(f.suffix[1:].upper(), f"figures/{f.name}") for f in (png, png.with_suffix(".svg")) if f.exists()]
         data = f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
         figures.append({"name": name, "alt": alt, "data": data, "files": links, "run": run})
     return figures

@@ -1,11 +1,9 @@
 """What a sweep runs: a notebook and combinations of its parameters, read from a YAML file or a dictionary."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,33 @@ from llmlab.lab.attempt import Job
 from llmlab.lab.notebooks import check_parameters, find_notebooks
 from llmlab.sharding.plan import parse_bytes
 
-KEYS = ("notebook", "grid", "list", "exclude", "fixed", "timeout", "memory", "cores", "gpus")
 Content = Mapping[str, Any]  # of a grid before it is checked
 Parameters = dict[str, object]
+
+
+def _whole(least: int) -> Callable[[object], bool]:
+    return lambda value: type(value) is int and value >= least
+
+
+def _combined(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) and item for item in value)
+
+
+def _varied(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, list) and each for each in value.values())
+
+
+KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a grid: what may stand there, in code and in words
+    "notebook": (lambda value: type(value) in (int, str), "a name, number or path such as 00_start_here"),
+    "grid": (_varied, "parameter names, each with a list of values such as [1, 2]"),
+    "list": (_combined, "parameters as - {name: value}, one combination a line"),
+    "exclude": (_combined, "parameters as - {name: value}, one combination a line"),
+    "fixed": (lambda value: isinstance(value, dict), "parameter names, each with its value"),
+    "timeout": (lambda value: type(value) in (int, float) and 0 < value < float("inf"), "a positive number of seconds"),
+    "memory": (lambda value: type(value) in (int, str), "bytes such as 4GiB"),
+    "cores": (_whole(1), "a whole number, at least 1"),
+    "gpus": (_whole(0), "a whole number, at least 0"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,11 +76,9 @@ class Grid:
         """
         source = _hash([(cell.cell_type, cell.source) for cell in nbformat.read(self.notebook, as_version=4).cells])
         copy, folder = output / f"{self.notebook.stem}-{source[:12]}.ipynb", self.notebook.resolve().parent
-        code, jobs = code_version(), {}
-        for parameters in self.combinations:
-            id = _hash([source, parameters, code])[:16]
-            jobs[id] = Job(copy, parameters, output / id, folder, True, self.timeout, self.memory)
-        return list(jobs.values())
+        code = code_version()
+        ids = {_hash([source, parameters, code])[:16]: parameters for parameters in self.combinations}
+        return [Job(copy, ids[id], output / id, folder, True, self.timeout, self.memory) for id in ids]
 
 
 def code_version() -> str:
@@ -72,46 +92,44 @@ def code_version() -> str:
 def read_grid(grid: str | Path | Content) -> Grid:
     """Read and check a grid: a YAML file, or the same as a dictionary.
 
-    Its keys: `notebook` (name, number or path), `grid` (parameter to list of values; all combinations), `list`
-    (further combinations, written out), `exclude` (combinations that agree with one of these are dropped), `fixed`
-    (parameters of every run); for each run `timeout` (seconds), `memory` ("4GiB"), `cores` (1) and `gpus` (0).
+    Its keys: `notebook`, `grid` (all combinations of the values), `list` (further combinations), `exclude`
+    (combinations that agree with one of these are dropped), `fixed` (parameters of every run); for each run
+    `timeout` (seconds), `memory` ("4GiB"), `cores` (1) and `gpus` (0).
 
-    Raises:
-        InputError: an unreadable file, an unknown key, no combination, a parameter that the notebook's cell tagged
-            `parameters` lacks, a value that is no JSON.
+    Raises InputError: an unreadable file, an unknown key, a value that `KEYS` does not allow, no combination, a
+    parameter that the notebook lacks or whose value is no JSON.
     """
     file = None if isinstance(grid, Mapping) else Path(grid)
-    where, content = str(file or "the grid"), grid if isinstance(grid, Mapping) else _read_yaml(Path(grid))
+    where, content = str(file or "the grid"), _read_yaml(file) if file else dict(grid)  # type: ignore[arg-type]
     if unknown := sorted(map(str, set(content) - set(KEYS))):
         raise InputError(f"{where} has unknown keys {', '.join(unknown)}: known are {', '.join(KEYS)}.")
-    notebook = _notebook(content.get("notebook"), file.parent if file else Path(), where)
-    combinations, excluded = _combinations(content, where), _dictionaries(content, "exclude", where)
-    names = dict.fromkeys(name for parameters in [*combinations, *excluded] for name in parameters)
-    if odd := [name for name in names if not isinstance(name, str)]:
-        raise InputError(f"{where} has a parameter {odd[0]!r}: a parameter's name is text; put it in quotes.")
-    check_parameters(notebook, names)
+    content = {key: value for key, value in content.items() if value is not None}
+    if "notebook" not in content:
+        raise InputError(f"{where} names no notebook: write notebook: 00_start_here, for example.")
+    for key, value in content.items():
+        allowed, words = KEYS[key]
+        if not allowed(value):
+            raise InputError(f"`{key}` of {where} is {value!r}: give {words}.")
+    name = content["notebook"]
+    name = f"{name:02d}" if isinstance(name, int) else name  # YAML reads 00 as a number
+    beside = (file.parent if file else Path()) / name
+    notebook = beside if beside.suffix == ".ipynb" and beside.is_file() else find_notebooks([name])[0]
+    combinations, excluded = _combinations(content, where), content.get("exclude", [])
+    check_parameters(notebook, dict.fromkeys(name for chosen in [*combinations, *excluded] for name in chosen))
     kept = {_canonical(c): c for c in combinations if not any(_agrees(c, partial) for partial in excluded)}
     if not kept:
         raise InputError(f"{where} holds no combination of parameters: give `grid` or `list`, and exclude fewer.")
-    memory = content.get("memory")
-    return Grid(
-        name=file.stem if file else notebook.stem,
-        notebook=notebook,
-        combinations=list(kept.values()),
-        cores=_whole(content.get("cores", 1), 1, "cores"),
-        gpus=_whole(content.get("gpus", 0), 0, "gpus"),
-        timeout=_timeout(content.get("timeout")),
-        memory=None if memory is None else parse_bytes(memory),
-    )
+    memory = parse_bytes(content["memory"]) if "memory" in content else None
+    limits = content.get("cores", 1), content.get("gpus", 0), content.get("timeout"), memory
+    return Grid(file.stem if file else notebook.stem, notebook, list(kept.values()), *limits)
 
 
 def _read_yaml(path: Path) -> Content:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeError:
-        raise InputError(f"cannot read the grid {path} (it is no UTF-8 text): give a YAML file.") from None
-    except OSError as error:
-        raise InputError(f"cannot read the grid {path} ({error.strerror}): give a YAML file.") from None
+    except (OSError, UnicodeError) as error:
+        reason = "it is no UTF-8 text" if isinstance(error, UnicodeError) else error.strerror
+        raise InputError(f"cannot read the grid {path} ({reason}): give a YAML file.") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
@@ -119,28 +137,16 @@ def _read_yaml(path: Path) -> Content:
     return content
 
 
-def _notebook(name: str | int | None, base: Path, where: str) -> Path:
-    if name is None:
-        raise InputError(f"{where} names no notebook: write notebook: 00_start_here, for example.")
-    name = f"{name:02d}" if isinstance(name, int) else str(name)  # YAML reads 00 as a number
-    beside = base / name
-    return beside if beside.suffix == ".ipynb" and beside.is_file() else find_notebooks([name])[0]
-
-
 def _combinations(content: Content, where: str) -> list[Parameters]:
-    grid, fixed = content.get("grid") or {}, content.get("fixed") or {}
-    for key, value in (("grid", grid), ("fixed", fixed)):
-        if not isinstance(value, dict):
-            raise InputError(f"`{key}` of {where} is no mapping: write parameter names, each with a colon and values.")
-    for name, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise InputError(f"`grid` of {where}: {name} needs a list of values such as [1, 2], got {values!r}.")
+    grid, fixed = content.get("grid", {}), content.get("fixed", {})
     product = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())] if grid else []
-    varied = product + _dictionaries(content, "list", where)
+    varied = product + content.get("list", [])
     if twice := sorted({str(name) for combination in varied for name in combination if name in fixed}):
         raise InputError(f"{where}: {', '.join(twice)} is both fixed and varied: remove one of the two.")
     combinations = [fixed | combination for combination in varied]
-    for name, value in (item for combination in combinations for item in combination.items()):
+    for name, value in [item for chosen in [*combinations, *content.get("exclude", [])] for item in chosen.items()]:
+        if not isinstance(name, str):
+            raise InputError(f"{where} has a parameter {name!r}: a parameter's name is text; put it in quotes.")
         try:
             _canonical(value)
         except (TypeError, ValueError):
@@ -149,34 +155,10 @@ def _combinations(content: Content, where: str) -> list[Parameters]:
     return combinations
 
 
-def _dictionaries(content: Content, key: str, where: str) -> list[Parameters]:
-    listed = content.get(key) or []
-    if not isinstance(listed, list) or not all(isinstance(item, dict) and item for item in listed):
-        raise InputError(f"`{key}` of {where} is no list of parameters: write - {{name: value}}, one a line.")
-    return listed
-
-
 def _agrees(combination: Parameters, partial: Parameters) -> bool:
     """Whether all that `partial` says holds; 1 and 1.0 are equal, 1 and true are not."""
-
-    def same(a: object, b: object) -> bool:
-        return a == b and isinstance(a, bool) == isinstance(b, bool)
-
-    return all(name in combination and same(combination[name], value) for name, value in partial.items())
-
-
-def _whole(value: object, least: int, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{what} {value!r}: give a whole number, at least {least}.")
-    return value
-
-
-def _timeout(value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise InputError(f"timeout {value!r}: give a positive number of seconds.")
-    return float(value)
+    pairs = [(combination[name], value) for name, value in partial.items() if name in combination]
+    return len(pairs) == len(partial) and all(a == b and isinstance(a, bool) == isinstance(b, bool) for a, b in pairs)
 
 
 def _canonical(value: object) -> str:

@@ -1,16 +1,12 @@
 """The plan explorer: devices, memory and bits moved by hand; memory and predicted time of every layout follow."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from functools import cache
 from html import escape
+from typing import Any
 
 import ipywidgets
-from matplotlib.figure import Figure
 
 from llmlab.lab.figures import sharding
-from llmlab.lab.widgets.svg import inline
 from llmlab.lab.widgets.view import Twin, View, dropdown, slider
 from llmlab.model.card import ModelCard
 from llmlab.model.load import model_card
@@ -24,22 +20,14 @@ WORKLOADS = {"hellaswag": "all of HellaSwag", "decode": "one token"}
 
 
 def plan_explorer(models: Sequence[str | ModelCard] = MODELS, *, name: str = "plan") -> View:
-    """Memory and predicted time of every layout of a model.
+    """Memory and predicted time of every layout of a model: a card or a name as for `llmlab.model_card`.
 
-    Controls: `model`, `device` and its `memory`, `devices` (1 to 8), `bits` of the weights, and the `workload`.
-
-    Args:
-        models: to choose from, the first one to begin with; cards or names as for `llmlab.model_card`.
-        name: of the figure that stands in for the widget.
+    Controls: `model`, `device` and its `memory`, `devices` (1 to 8), `bits` of the weights, and the `workload`. `name`
+    is of the figure that stands in.
 
     Raises InputError for an unknown model.
     """
-    cards = {model if isinstance(model, str) else model.name: model for model in models}
-
-    @cache
-    def card(name: str) -> ModelCard:
-        model = cards[name]
-        return model_card(model) if isinstance(model, str) else model
+    cards = {card.name: card for card in (m if isinstance(m, ModelCard) else model_card(m) for m in models)}
 
     def make() -> dict[str, ipywidgets.ValueWidget]:
         return {
@@ -51,31 +39,18 @@ def plan_explorer(models: Sequence[str | ModelCard] = MODELS, *, name: str = "pl
             "workload": dropdown("time for", ((job, key) for key, job in WORKLOADS.items())),
         }
 
-    def planned(model: str, device: str, memory: str, devices: int, bits: int, workload: str) -> Plan:
+    def planned(model: str, device: str, memory: str, devices: int, bits: int, workload: str) -> tuple[Plan, Twin]:
         limit = None if memory == OWN else memory
-        return plan(card(model), devices=devices, memory=limit, bits=bits, device=device, workload=workload)
+        shown = plan(cards[model], devices=devices, memory=limit, bits=bits, device=device, workload=workload)
+        best = next((f"fastest: {layout.name}" for layout in shown.layouts if layout.fits), "nothing fits")
+        title = f"{model}, {bits} bits, on {devices} x {shown.memory / 2**30:.4g} GiB, {best}"
+        drawn = f"Memory of the fullest device by part and predicted seconds of {len(shown.layouts)} layouts"
+        alt = f"{drawn}, of which {sum(layout.fits for layout in shown.layouts)} fit. {title}."
+        return shown, Twin(name, alt, lambda: sharding.layouts(shown, title, WORKLOADS[workload]))
 
-    def draw(workload: str, **chosen: object) -> str:
-        drawn = planned(workload=workload, **chosen)  # type: ignore[arg-type]  # a value of each control's kind
-        return inline(_figure(drawn, workload), alt(drawn)) + f"<p>{escape(drawn.assumptions)}</p>"
+    def draw(**chosen: Any) -> str:
+        shown, twin = planned(**chosen)
+        return f"{twin.svg()}<p>{escape(shown.assumptions)}</p>"
 
-    first = planned(next(iter(cards)), next(iter(DEVICES)), OWN, 4, BITS[0], "hellaswag")
-    return View(make, draw, [Twin(name, alt(first), lambda: _figure(first, "hellaswag"))])
-
-
-def _figure(shown: Plan, workload: str) -> Figure:
-    return sharding.layouts(shown, title(shown), WORKLOADS[workload])
-
-
-def title(shown: Plan) -> str:
-    """What a plan comes to, in one line."""
-    best = next((f"fastest: {layout.name}" for layout in shown.layouts if layout.fits), "nothing fits")
-    memory = f"{shown.devices} x {shown.memory / 2**30:.4g} GiB"
-    return f"{shown.card.name}, {shown.bits} bits, on {memory}, {best}"
-
-
-def alt(shown: Plan) -> str:
-    """The figure of a plan in words."""
-    fitting = sum(layout.fits for layout in shown.layouts)
-    drawn = f"Memory of the fullest device by part and predicted seconds of {len(shown.layouts)} layouts"
-    return f"{drawn}, of which {fitting} fit. {title(shown)}."
+    first = planned(next(iter(cards)), next(iter(DEVICES)), OWN, 4, BITS[0], "hellaswag")[1]
+    return View(make, draw, [first])

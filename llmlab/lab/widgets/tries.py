@@ -1,7 +1,5 @@
 """The trie viewer: question by question, what its endings share and which node sees which."""
 
-from __future__ import annotations
-
 from functools import cache
 from html import escape
 
@@ -13,7 +11,6 @@ from llmlab.base.errors import InputError
 from llmlab.data import Question
 from llmlab.lab.figures import scoring
 from llmlab.lab.figures.draw import drawable
-from llmlab.lab.widgets.svg import inline
 from llmlab.lab.widgets.view import Twin, View, slider
 from llmlab.model.lm import LM
 from llmlab.scoring.attention import ancestor_mask
@@ -27,12 +24,8 @@ MASK = "Which node of the trie sees which: a full triangle for the context, then
 def trie_viewer(lm: LM, questions: list[Question], *, name: str = "question") -> View:
     """A slider over questions; below it the question's trie and attention mask.
 
-    Control: `question`, its number.
-
-    Args:
-        lm: the model whose tokenizer cuts the texts; no weight is used.
-        questions: as from `llmlab.data`.
-        name: the figures that stand in for the widget are NAME_trie and NAME_mask.
+    Control: `question`, its number. The LM's tokenizer cuts the texts; no weight is used. NAME_trie and NAME_mask are
+    the figures that stand in.
 
     Raises InputError if there is no question, or the first one does not fit the model.
     """
@@ -44,7 +37,7 @@ def trie_viewer(lm: LM, questions: list[Question], *, name: str = "question") ->
         asked = questions[question]
         marks = [" <b>(right)</b>" if k == asked.label else "" for k in range(len(asked.endings))]
         endings = "".join(f"<li>{escape(text)}{mark}</li>" for text, mark in zip(asked.endings, marks, strict=True))
-        drawn = "".join(inline(twin.draw(), twin.alt, shrink=False) for twin in drawings(question))
+        drawn = "".join(twin.svg(shrink=False) for twin in drawings(question))
         row = f'<div style="display: flex; flex-wrap: wrap; gap: 8px; overflow-x: auto">{drawn}</div>'
         return f'<p>{escape(asked.context)} …</p><ol start="0">{endings}</ol>{row}'
 

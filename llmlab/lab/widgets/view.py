@@ -1,13 +1,15 @@
 """View: controls above a picture that follows them, and figures that stand in where nothing would answer."""
 
-from __future__ import annotations
-
 import html
-from collections.abc import Callable, Iterable
+import io
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
+from xml.etree import ElementTree
 
 import ipywidgets
+import matplotlib.pyplot as plt
 from IPython import get_ipython
 from IPython.display import display
 from matplotlib.figure import Figure
@@ -16,6 +18,9 @@ from llmlab.base.errors import InputError
 from llmlab.lab import figures
 
 DESCRIBED = {"description_width": "initial"}
+SVG = "http://www.w3.org/2000/svg"
+ElementTree.register_namespace("", SVG)
+ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 
 
 def dropdown(label: str, options: Iterable[object], **how: object) -> ipywidgets.Dropdown:
@@ -30,13 +35,35 @@ def slider(label: str, options: Iterable[object], **how: object) -> ipywidgets.S
     return ipywidgets.SelectionSlider(style=DESCRIBED, layout={"width": "400px"}, **how)
 
 
-@dataclass(frozen=True)
-class Twin:
+class Twin(NamedTuple):
     """A figure that stands in for a widget: its name among the figures, its alt text and how to draw it."""
 
     name: str
     alt: str
     draw: Callable[[], Figure]
+
+    def svg(self, hover: Mapping[str, str] | None = None, *, shrink: bool = True) -> str:
+        """It as an <svg> element, whose text can be read aloud, narrower where the page is if it may `shrink`.
+
+        `hover`: gid of artists -> the text that appears under the mouse.
+        """
+        out, figure = io.BytesIO(), self.draw()
+        with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llmlab"}):
+            figure.savefig(out, format="svg", metadata={"Date": None})
+        plt.close(figure)
+        root = ElementTree.fromstring(out.getvalue())
+        for parent in list(root.iter()):
+            for child in list(parent):
+                # matplotlib's style sheet would reach every drawing of the page it is put into.
+                if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style"):
+                    parent.remove(child)
+            if text := (hover or {}).get(parent.get("id", "")):
+                parent.insert(0, title := ElementTree.Element(f"{{{SVG}}}title"))
+                title.text = text
+        fit = "max-width: 100%; height: auto" if shrink else "max-width: none; flex: none"
+        style = f"stroke-linejoin: round; stroke-linecap: butt; background: white; {fit}"
+        root.attrib |= {"role": "img", "aria-label": self.alt, "style": style}
+        return ElementTree.tostring(root, encoding="unicode")
 
 
 @dataclass
