@@ -12,15 +12,14 @@ from llmlab import InputError
 from llmlab.bench.ablation import ablation
 from llmlab.bench.challenge import challenge, synthetic_sequences
 from llmlab.bench.decoders import Decoder
-from llmlab.bench.decoding import Effort, Unit, _difference, bench_decoding
-from llmlab.bench.decoding import measurement as decoding_measurement
-from llmlab.bench.scoring import bench_scoring, best_batch_size, measurement, own_matmul_flops, own_matmuls
+from llmlab.bench.decoding import Unit, _difference, bench_decoding
+from llmlab.bench.quantization import bench_quantization, variants
+from llmlab.bench.scoring import bench_scoring, best_batch_size, own_matmul_flops, own_matmuls
 from llmlab.bench.sharding import bench_sharding
-from llmlab.bench.sharding import measurement as sharding_measurement
 from llmlab.data import ENDING_TOKENS, QUESTION_TOKENS
 from llmlab.decoding.writer import Run
-from llmlab.jobs.own_draft import self_4bit
 from llmlab.measure.memory import peak_bytes
+from llmlab.quantization.calibration import calibration_rows
 from llmlab.scoring.trie import question_tries
 
 pytestmark = pytest.mark.slow
@@ -72,7 +71,8 @@ def test_own_matmuls_are_the_decoder_layers(llama):
 
 
 def test_bench_scoring_reports_what_it_promises(llama, half, rows):
-    result = bench_scoring(llama, half, rows[:4], repeats=2)
+    measured = bench_scoring(llama, half, rows[:4], repeats=2)
+    result = measured.details
     assert result["prediction_agreement"] == 1.0
     assert result["max_abs_delta_log_prob"] < 5e-4
     assert result["tokens_shared"] < result["tokens_full"]
@@ -83,16 +83,16 @@ def test_bench_scoring_reports_what_it_promises(llama, half, rows):
         "max_abs_delta_log_prob", "mfu", "tokens_full", "tokens_shared", "ablation", "peak_bytes_above_weights",
     }  # fmt: skip
     json.dumps(result)
-    measured = measurement(result).metrics()
-    assert measured["speedup_vs_lm_eval"].low <= measured["speedup_vs_lm_eval"].value
+    assert measured.values["speedup_vs_lm_eval"].low <= measured.values["speedup_vs_lm_eval"].value
+    assert result["speedup_vs_lm_eval_interval"][0] == measured.values["speedup_vs_lm_eval"].low
 
 
 def test_bench_scoring_without_a_fast_half_precision_leaves_it_out_of_its_record(llama, rows):
-    result = bench_scoring(llama, None, rows[:2], repeats=1)
+    measured = bench_scoring(llama, None, rows[:2], repeats=1)
+    result = measured.details
     assert not [name for name in result if "bf16" in name or "half" in name]
-    measured = measurement(result).metrics()
-    assert measured["speedup_vs_lm_eval"].value == result["speedup_vs_lm_eval"]
-    assert not [name for name in measured if "bf16" in name]
+    assert measured.values["speedup_vs_lm_eval"].value == result["speedup_vs_lm_eval"]
+    assert not [name for name in measured.values if "bf16" in name]
 
 
 def test_the_baseline_is_tuned(llama, rows):
@@ -119,13 +119,13 @@ def test_synthetic_lengths_follow_the_published_table():
 
 
 def test_challenge_without_weights_gives_the_speed_part():
-    lm, submission = challenge("random:opt-125m", None, limit=3, layers=2)
-    assert lm.card.layers == submission.layers == 2
-    assert not [name for name in submission.metrics() if name.startswith("acc")]
-    assert (submission.settings, submission.seed) == ({"layers": "2"}, 0)
-    assert submission.synthetic
-    assert submission.seconds_total > submission.seconds_inference > 0
-    assert submission.metrics()["flops"].value > 0
+    lm, measured = challenge("random:opt-125m", None, limit=3, layers=2)
+    assert lm.card.layers == measured.details["layers"] == 2
+    assert not [name for name in measured.values if name.startswith("acc")]
+    assert (measured.settings, measured.seed) == ({"layers": "2"}, 0)
+    assert measured.details["synthetic"]
+    assert measured.values["seconds_total"].value > measured.values["seconds_inference"].value > 0
+    assert measured.values["flops"].value > 0
     with pytest.raises(InputError, match="no questions"):
         challenge("smollm2", None)
 
@@ -155,14 +155,14 @@ def test_challenge_over_ranks_finds_the_same_answers(tiny_folders):
     folder = str(tiny_folders["llama"])
     _, alone = challenge(folder, questions, device="cpu")
     lm, together = challenge(folder, questions, device="cpu", devices=2)
-    assert alone.result and together.result
-    assert together.result.predictions == alone.result.predictions
-    assert together.tokens == alone.tokens and together.flops == alone.flops
-    assert "data 2" in together.result.method
-    assert 0 < together.seconds_inference < together.seconds_total
+    for name in ("predictions", "tokens", "tokens_full"):
+        assert together.details[name] == alone.details[name]
+    assert "data 2" in together.details["method"]
+    assert 0 < together.values["seconds_inference"].value < together.values["seconds_total"].value
     record = llmlab.record(lm, together)
     assert record.metrics["acc"]
-    assert record.settings == together.result.settings | {"layers": str(lm.card.layers)}
+    assert record.settings == together.settings
+    assert (record.settings["layout"], record.settings["layers"]) == ("data 2", str(lm.card.layers))
     with pytest.raises(InputError, match="random weights run on one device"):
         challenge("random:opt-125m", None, limit=2, devices=2)
 
@@ -172,7 +172,8 @@ def test_bench_sharding_reports_what_it_promises(tiny_folders):
     folder = str(tiny_folders["llama"])
     alone = llmlab.score(llmlab.load(folder, dtype="fp32"), questions)
     with llmlab.ranks(2, device="cpu") as two:
-        result = bench_sharding(two, folder, questions, alone, repeats=1)
+        measured = bench_sharding(two, folder, questions, alone, repeats=1)
+    result = measured.details
     json.dumps(result)
     names = [(row["layout"], row["schedule"]) for row in result["layouts"]]
     assert names[0] == ("pipeline 2", "naive")
@@ -183,16 +184,16 @@ def test_bench_sharding_reports_what_it_promises(tiny_folders):
         assert 0 <= row["bubble_simulated"] < 1 and 0 <= row["bubble_measured"] < 1
         assert (row["bytes_sent"] > 0) == ("data" not in row["layout"])
     assert 200 < result["projected_seconds_v100x4"] < 372
-    assert sharding_measurement(result).n == 8
+    assert measured.n == 8
+    assert measured.values["speedup data 2"].value > 0
 
 
 def test_bench_decoding_reports_what_it_promises(tiny_folders):
     folder = str(tiny_folders["llama"])
     lm, half = (llmlab.load(folder, dtype=dtype) for dtype in ("fp32", "bf16"))
     prompts = [llmlab.Prompt(kind, f"{kind} a b a b {n}") for kind in ("edit", "write") for n in range(4)]
-    result = bench_decoding(
-        lm, half, self_4bit(lm), prompts, gguf=None, effort=Effort(8, units_per_kind=1, repeats=2, compile=False)
-    )
+    measured = bench_decoding(lm, half, prompts, new_tokens=8, per_kind=1, repeats=2, compile=False)
+    result = measured.details
     json.dumps(result)
     assert result["greedy_equal"]
     assert result["int4_vs_llamacpp"] is None and result["llamacpp"] == "the model is no .gguf file"
@@ -207,7 +208,33 @@ def test_bench_decoding_reports_what_it_promises(tiny_folders):
         assert row["equal_to_reference"] == (row["first_difference"] is None)
     for name in ("plain_speedup_vs_transformers", "lookup_speedup_vs_plain", "self_draft_speedup", "cost_model_error"):
         assert result[name] > 0
-    assert decoding_measurement(result).n == 8
+    assert measured.n == 8
+    assert measured.values["greedy_equal"].value == 1
+
+
+def test_bench_quantization_reports_what_it_promises(tiny_folders, monkeypatch):
+    monkeypatch.setattr("llmlab.bench.quantization.CONTEXT", 64)
+    lm = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
+    text = " ".join(q.context for q in llmlab.data.everyday(20))
+    ids, seen = calibration_rows(lm, text, rows=2, context=64), []
+    measured = bench_quantization(
+        lm, ids, text, llmlab.data.everyday(2), peers=False, repeats=1, on_row=lambda row: seen.append(row["variant"])
+    )
+    result = measured.details
+    json.dumps(result)
+    by_name = {row["variant"]: row for row in result["rows"]}
+    assert list(by_name) == seen == ["fp32", "rotated fp32", *(name for name, *_ in variants())]
+    assert by_name["fp32"]["kl_divergence"] == pytest.approx(0, abs=1e-6)
+    for row in by_name.values():
+        assert row["perplexity"] > 1 and row["bytes"] > 0 and row["group_size"] in (None, 64, -1)
+    gptq = by_name["GPTQ 4 bits"]
+    assert gptq["bits_per_weight"] < 5 and gptq["seconds_to_quantize"] > 0 and gptq["decode_tokens_per_s"] > 0
+    for bits in (4, 3):
+        assert result[f"best_{bits}bit_over_fp32"] > 0 and f"gptq_over_rtn_{bits}bit" in result
+    assert result["perplexity_vs_gptqmodel"] is None and result["gptqmodel"] == "not asked for"
+    low, high = result["decode_speedup_vs_fp32_interval"]
+    assert low <= result["decode_speedup_vs_fp32"] <= high
+    assert set(measured.values) >= {"best_4bit_over_fp32", "gptq_over_rtn_3bit", "decode_speedup_vs_fp32"}
 
 
 def test_the_first_difference_is_found_with_its_gap(tiny_folders):

@@ -10,8 +10,7 @@ from test_record import make
 from llmlab import InputError, Metric
 from llmlab.cli.main import main
 from llmlab.lab.figures.tradeoffs import pareto
-from llmlab.measure.compare import ENOUGH, compare, holm, pooled
-from llmlab.measure.direction import direction
+from llmlab.measure.compare import ENOUGH, compare, direction, holm, pooled
 from llmlab.measure.record import append
 
 

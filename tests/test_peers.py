@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import llmlab
 from llmlab import InputError
 from llmlab.bench import peers
-from llmlab.bench.peers import call, missing, peer_logits, peer_quantize
+from llmlab.bench.peers import call, missing, peer_quantize
 from llmlab.model.convert import dequantized
 from llmlab.quantization.calibration import calibration_rows
 from llmlab.quantization.grid import Scheme
@@ -50,6 +51,16 @@ def test_a_peer_that_fails_is_named(tmp_path, monkeypatch, worker, complaint):
         call("gptqmodel", {"job": "logits"}, timeout=1 if "sleep" in worker else 60)
 
 
+def peer_logits(peer, folder, ids, temporary, loader=None):
+    """fp32 logits [rows, tokens, vocabulary] that a peer computes with a quantized checkpoint.
+
+    `loader` "transformers" makes GPTQModel's environment load through transformers' GPTQConfig.
+    """
+    loader, output = loader or {"autogptq": "auto_gptq"}.get(peer, peer), str(temporary / "logits.safetensors")
+    call(peer, {"job": "logits", "folder": str(folder), "ids": ids.tolist(), "loader": loader, "output": output})
+    return load_file(output)["logits"]
+
+
 @pytest.mark.parametrize("peer", ["gptqmodel", "autogptq"])
 @pytest.mark.parametrize("static", [True, False])
 def test_checkpoints_go_both_ways(tiny_folders, tmp_path, peer, static):
@@ -69,4 +80,4 @@ def test_checkpoints_go_both_ways(tiny_folders, tmp_path, peer, static):
         with torch.inference_mode():
             here = dequantized(model).model(input_ids=ids).logits
         for loader in loaders:
-            assert (here - peer_logits(peer, folder, ids, loader=loader)).abs().max() <= 1e-2
+            assert (here - peer_logits(peer, folder, ids, tmp_path, loader)).abs().max() <= 1e-2

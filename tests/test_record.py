@@ -50,6 +50,14 @@ def test_a_result_of_ones_own_tells_its_settings_its_seed_and_its_memory(tiny):
     assert describe(tiny, measured, seed=4).seed == 4
 
 
+def test_a_record_tells_which_run_of_a_notebook_measured_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("LLMLAB_ATTEMPT", raising=False)
+    assert make().attempt is None
+    monkeypatch.setenv("LLMLAB_ATTEMPT", "/reports/.attempts/00_start_here-1a2b3c4d")
+    append(make(), tmp_path / "records.jsonl")
+    assert read_records(tmp_path / "records.jsonl")[0]["attempt"] == "00_start_here-1a2b3c4d"
+
+
 def test_changed_weights_are_the_open_track(tiny):
     packed = dataclasses.replace(tiny, transformation="bitsandbytes-nf4")
     measured = Measurement("speed", {"seconds": Metric(1.0, "s")}, 1, "one run")
@@ -157,14 +165,15 @@ FULL_DISK = """
 import resource, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
+import llmlab
 from test_record import append, make
 path = Path({path!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, resource.RLIM_INFINITY))
 try:
     append(make(2.0), path)
-except OSError as error:
-    print("refused", error.errno)
+except llmlab.InputError as error:
+    print("refused:", error)
 """
 
 
@@ -176,7 +185,7 @@ def test_a_full_disk_loses_no_earlier_record(tmp_path):
     before = path.read_bytes()
     code = FULL_DISK.format(tests=str(Path(__file__).parent), path=str(path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert "refused" in done.stdout, done.stderr
+    assert "refused: cannot append" in done.stdout, done.stderr
     assert path.read_bytes() == before
     append(make(3.0), path)
     assert [r["metrics"]["acc"]["value"] for r in read_records(path)] == [1.0, 3.0]

@@ -13,16 +13,16 @@ import psutil
 import pytest
 from bs4 import BeautifulSoup
 from conftest import CHECKOUT
-from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import llmlab
 from llmlab import InputError
-from llmlab.bench.challenge import Submission
+from llmlab.base.lock import locked
 from llmlab.lab.notebooks import check_parameters, command, find_notebooks
 from llmlab.lab.redraw import FIGURES, redraw, roofline
 from llmlab.lab.report import report
-from llmlab.lab.report.pages import sanitized, write_challenge_page
+from llmlab.lab.report.build import check_copies, page_names
+from llmlab.lab.report.pages import render, sanitized, write_challenge_page
 from llmlab.measure.record import Record
 
 
@@ -122,7 +122,7 @@ def test_an_interrupted_report_says_so_in_one_line_and_leaves_no_process(home, s
 
 def test_two_reports_do_not_share_a_folder(home):
     (home / "report").mkdir()
-    with FileLock(home / "report" / ".lock"), pytest.raises(InputError, match="another report is at work"):
+    with locked(home / "report" / ".lock", ""), pytest.raises(InputError, match="another report is at work"):
         report([write(home / "notebooks", "00_fine", "x")], output=home / "report")
 
 
@@ -140,6 +140,106 @@ def test_parameters_are_held_against_the_cell(home):
     assert not (home / "report").exists()
 
 
+PARAMETERS = """%matplotlib inline
+equation = "a=b"
+compare = 1 == 1  # a comment with = in it
+first, (second, *rest) = 1, (2, 3)
+listed: list[int] = [
+    number for number in (1, 2)
+]
+table["key"] = 1
+def helper(argument=1): local = 2
+"""
+
+
+def test_parameters_are_found_whatever_their_default(home):
+    path = write(home / "notebooks", "00_fine", "x", parameters=PARAMETERS)
+    check_parameters(path, ["equation", "compare", "first", "second", "rest", "listed"])
+    for name in ("number", "table", "helper", "argument", "local", "a"):
+        with pytest.raises(InputError, match="its parameters are equation, compare, first, second, rest, listed"):
+            check_parameters(path, [name])
+    with pytest.raises(InputError, match=r"cannot read the notebook .*01_odd\.ipynb"):
+        check_parameters(write(home / "notebooks", "01_odd", "x", parameters="x = = 1"), [])
+
+
+def named(path, kernelspec):
+    """A notebook with another kernel's name."""
+    content = nbformat.read(path, as_version=4)
+    content.metadata = {"kernelspec": kernelspec} if kernelspec else {}
+    nbformat.write(content, path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_notebook_runs_in_this_python_whatever_kernel_it_names(home, monkeypatch):
+    kernels = home / "jupyter" / "kernels" / "python3"
+    kernels.mkdir(parents=True)
+    broken = {"argv": ["/bin/false", "{connection_file}"], "display_name": "gone", "language": "python"}
+    (kernels / "kernel.json").write_text(json.dumps(broken))
+    monkeypatch.setenv("JUPYTER_PATH", str(home / "jupyter"))  # before all others
+    same = f"import sys\nassert (sys.executable, x) == ({sys.executable!r}, 7)"
+    (home / "{odd} folder").mkdir()
+    own = write(home / "{odd} folder", "own é#1", same)
+    foreign = named(write(home, "foreign", same), {"name": "conda-env-llm-py", "display_name": "Python [conda]"})
+    none = named(write(home, "none", same), None)
+    with pytest.warns(UserWarning) as told:
+        runs = report([own, foreign, none], output=home / "report", parameters={"x": 7})
+    assert [run.error for run in runs] == [None] * 3
+    assert [str(warning.message) for warning in told] == [
+        "foreign.ipynb asks for the kernel 'conda-env-llm-py': it runs in the Python of this environment.",
+        "none.ipynb names no kernel: it runs in the Python of this environment.",
+    ]
+    index = BeautifulSoup((home / "report" / "index.html").read_text(), "html.parser")
+    assert index.find("a", href="own%20%C3%A9%231.html") and (home / "report" / "own é#1.html").exists()
+
+
+def test_a_notebook_in_another_language_is_refused(home):
+    path = named(write(home / "notebooks", "00_r", "x"), {"name": "ir", "language": "R", "display_name": "R"})
+    with pytest.raises(InputError, match=r"00_r\.ipynb is in R: only Python notebooks can run here"):
+        check_parameters(path, [])
+    path.write_text(path.read_text().replace('"language": "R"', '"language": null'))
+    with pytest.warns(UserWarning, match="asks for the kernel 'ir'"):
+        check_parameters(path, [])
+
+
+def test_a_report_overwrites_no_notebook(home):
+    path = write(home / "notebooks", "00_fine", "x")
+    for source in (path, write(home, "00_fine", "x")):  # the source itself; another one of its name
+        before = path.read_bytes()
+        with pytest.raises(InputError, match=r"executed copies would go to .*notebooks, where 00_fine\.ipynb is"):
+            report([source], output=home)
+        assert path.read_bytes() == before
+    (home / "link").mkdir()
+    (home / "link" / "notebooks").symlink_to(home / "notebooks")
+    with pytest.raises(InputError, match="give another --output"):
+        report([path], output=home / "link")
+    content = nbformat.read(path, as_version=4)
+    content.metadata["papermill"] = {}  # an earlier report's copy may be replaced, unless it is what is to be run
+    nbformat.write(content, path)
+    check_copies(home / "notebooks", [home / "00_fine.ipynb"])
+    with pytest.raises(InputError):
+        check_copies(home / "notebooks", [path])
+
+
+def test_every_notebook_has_a_page_of_its_own():
+    names = ["a/run.ipynb", "b/run.ipynb", "c/Run.ipynb", "d/index.ipynb", "é.ipynb", "e/e\u0301.ipynb", 'x:"y?.ipynb']
+    pages = page_names(map(Path, names))
+    assert list(pages.values()) == ["run", "run-2", "Run-3", "index-2", "é", "e\u0301-2", "x__y_"]
+
+
+def test_links_between_notebooks_lead_to_their_pages(home):
+    links = {
+        "01_b.ipynb": "01_b.html", "my%20b%23.ipynb#part": "my%20b%23-2.html#part", "<my b.ipynb>": "my%20b.html",
+        "../other/é.ipynb": "%C3%A9.html", "../elsewhere/c.ipynb": "../elsewhere/c.ipynb",
+        "https://example.org/01_b.ipynb": "https://example.org/01_b.ipynb",
+    }  # fmt: skip
+    content = new_notebook(cells=[new_markdown_cell(" ".join(f"[link]({link})" for link in links))])
+    pages = {home / "notebooks" / "my b#.ipynb": "my b#-2.html", home / "other" / "é.ipynb": "é.html"}
+    page = BeautifulSoup(render(content, "00_a", home / "notebooks", pages), "html.parser")
+    assert [link["href"] for link in page.find_all("a", string="link")] == list(links.values())
+
+
 @pytest.mark.slow
 def test_a_kernel_that_dies_is_reported(home):
     path = write(home / "notebooks", "00_dies", "import os; os._exit(3)")
@@ -152,7 +252,10 @@ def test_notebooks_are_found_by_name_number_and_path(home):
     first, second = (write(home / "notebooks", name, "x") for name in ("00_a", "01_b"))
     assert find_notebooks() == [first, second]
     assert find_notebooks(["01", "00_a"]) == [second, first]
-    assert find_notebooks([str(first)]) == [first]
+    assert find_notebooks([str(first), "00"]) == [first]
+    assert command([second, write(home / "notebooks", "mine", "x")], {}).endswith(
+        "01_b " + str(home / "notebooks/mine.ipynb")
+    )
     with pytest.raises(InputError, match=r"no notebook 'c': give the path of an \.ipynb file or one of 00_a, 01_b"):
         find_notebooks(["c"])
 
@@ -173,9 +276,11 @@ def test_the_command_says_by_its_status_that_a_notebook_failed(home, monkeypatch
 RECORD = """
 from llmlab import Metric
 from llmlab.measure.record import Record, append
-append(Record(task="everyday", metrics={"seconds": Metric(2.0, "s"), "acc": Metric(0.3, "", 0.2, 0.4)}, n=4,
-    model="m", revision=None, transformation="gptq-4bit", dtype="bf16", device="cpu", threads=2, track="open",
-    protocol="p", data="d"))
+about = dict(task="everyday", metrics={"seconds": Metric(2.0, "s"), "acc": Metric(0.3, "", 0.2, 0.4)}, n=4,
+    revision=None, transformation="gptq-4bit", dtype="bf16", device="cpu", threads=2, track="open",
+    protocol="p", data="d")
+append(Record(model="another's, written meanwhile", attempt=None, **about))
+append(Record(model="m", **about))
 """
 
 
@@ -258,15 +363,11 @@ def hostile_report(folder):
     path = write(folder / "notebooks", "00_hostile", HOSTILE, title=attack(15))
     (run,) = report([path], output=folder / "report", parameters={"x": attack(16)})
     assert "RuntimeError" in run.error
-    submission = Submission(
-        model=attack(17), layers=2, n=1, tokens_full=2, tokens=1, flops=1, seconds_load=1.0,
-        seconds_inference=1.0, seconds_total=2.0, result=None,
-    )  # fmt: skip
     record = Record(
         task="challenge", metrics={}, n=1, model=attack(17), revision=attack(18), transformation="none", dtype="fp32",
-        device="cpu", threads=1, track="exact", protocol="p", data="d",
+        device="cpu", threads=1, track="exact", protocol="p", data="d", settings={"layers": "2"},
     )  # fmt: skip
-    write_challenge_page(submission, record, folder / "report")
+    write_challenge_page(record.as_dict(), folder / "report")
     return [folder / "report" / name for name in ("index.html", "00_hostile.html", "challenge.html")]
 
 

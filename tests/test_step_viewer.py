@@ -6,8 +6,7 @@ from llmlab.decoding.lookup import PromptLookup
 from llmlab.decoding.loop import Step
 from llmlab.decoding.result import Completion
 from llmlab.lab import widgets
-from llmlab.lab.passes import read_passes
-from llmlab.lab.widgets.steps import step_html
+from llmlab.lab.widgets.steps import read_passes, step_html
 
 EVIL = "<script>alert(1)</script> $x$ & \"'"
 

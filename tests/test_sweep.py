@@ -12,16 +12,16 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_notebook
 
 import llmlab
 from llmlab import InputError
+from llmlab.base.lock import locked
 from llmlab.cli.main import main
 from llmlab.lab.attempt import ATTEMPTS, MARK
 from llmlab.lab.sweep import status, sweep
 from llmlab.lab.sweep.grid import read_grid
-from llmlab.lab.sweep.on_ray import check_capacity
+from llmlab.lab.sweep.schedule import check_capacity
 from llmlab.measure.record import merge, read_records, runs_file
 
 pytestmark = pytest.mark.slow
@@ -131,20 +131,23 @@ def test_a_run_is_known_by_its_notebook_and_parameters(home, monkeypatch):
         ({"notebook": None}, "names no notebook"),
         ({"notebook": "none.ipynb"}, "no notebook 'none.ipynb'"),
         ({"grid": {}}, "holds no combination"),
-        ({"grid": {"x": []}}, "x needs a list of values"),
-        ({"grid": {"x": 3}}, "x needs a list of values"),
-        ({"grid": [1]}, "`grid` of the grid is no mapping"),
+        ({"grid": {"x": []}}, r"`grid` of the grid is {'x': \[\]}: give parameter names, each with a list of values"),
+        ({"grid": {"x": 3}}, "each with a list of values"),
+        ({"grid": [1]}, r"`grid` of the grid is \[1\]: give parameter names"),
+        ({"fixed": [1]}, r"`fixed` of the grid is \[1\]: give parameter names, each with its value"),
         ({"grid": {"y": [1]}}, r"n.ipynb has no parameter y: its parameters are x, name"),
         ({"exclude": [{"y": 1}]}, "has no parameter y"),
         ({"exclude": [{"x": 1}, {"x": 2}]}, "holds no combination"),
-        ({"list": [3]}, "`list` of the grid is no list of parameters"),
+        ({"list": [3]}, r"`list` of the grid is \[3\]: give parameters as - {name: value}"),
         ({"fixed": {"x": 1}}, "x is both fixed and varied"),
         ({"grid": {1: [2]}}, "a parameter 1: a parameter's name is text"),
         ({"exclude": [{1: 2}]}, "a parameter 1: a parameter's name is text"),
         ({"grid": {"x": [float("nan")]}}, "a parameter is a number, text"),
-        ({"timeout": 0}, "timeout 0: give a positive number"),
+        ({"timeout": 0}, "`timeout` of the grid is 0: give a positive number"),
+        ({"timeout": True}, "`timeout` of the grid is True: give a positive number"),
         ({"memory": "much"}, "write it like 32GiB"),
-        ({"cores": 0}, "cores 0: give a whole number"),
+        ({"cores": 0}, "`cores` of the grid is 0: give a whole number, at least 1"),
+        ({"cores": True}, "`cores` of the grid is True: give a whole number"),
         ({"cores": 10_000}, "a run needs 10000 cores"),
         ({"gpus": 10_000}, "10000 GPUs"),
     ],
@@ -219,7 +222,7 @@ def test_every_fate_is_one_sentence_and_concerns_no_other_run(home):
 def test_two_sweeps_do_not_share_a_folder(home):
     grid = {"notebook": write(home / "n.ipynb", "x"), "grid": {"x": [1]}}
     (home / "out").mkdir()
-    with FileLock(home / "out" / ".lock"), pytest.raises(InputError, match="another sweep is at work"):
+    with locked(home / "out" / ".lock", ""), pytest.raises(InputError, match="another sweep is at work"):
         sweep(grid, output=home / "out")
 
 

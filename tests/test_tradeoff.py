@@ -1,5 +1,7 @@
 """Trade-offs: which combinations make sense, a point of the grid measured for real, and what the records tell."""
 
+from dataclasses import asdict
+
 import pandas as pd
 import pytest
 from conftest import CHECKOUT
@@ -132,7 +134,7 @@ def test_the_ratio_of_perplexities_is_paired(smollm2):
 def table(rows, **common):
     about = {"task": "trade-off", "model": "m", "data": "d", "n": 100, "device": "cpu", "cpu": "c", "threads": 2}
     frame = pd.DataFrame(
-        about | common | combination.settings | {"protocol": "p", "time": pd.Timestamp(2026, 1, day + 1)} | values
+        about | common | asdict(combination) | {"protocol": "p", "time": pd.Timestamp(2026, 1, day + 1)} | values
         for day, (combination, values) in enumerate(rows)
     )
     frame.attrs["units"] = {"bytes": "B"}
@@ -189,7 +191,7 @@ def test_the_readmes_front_is_drawn_from_records(tmp_path):
     for combination, values in ROWS:
         metrics = {name: Metric(value, "B" if name == "bytes" else "") for name, value in values.items()}
         about = {"model": "m", "revision": None, "transformation": "none", "dtype": "fp32", "device": "cpu"}
-        about |= {"threads": 2, "track": "exact", "protocol": "p", "data": "d", "settings": combination.settings}
+        about |= {"threads": 2, "track": "exact", "protocol": "p", "data": "d", "settings": asdict(combination)}
         append(Record("trade-off", metrics, 9, **about), store)
     figure = trade_offs(llmlab.records(store))
     assert "4 bits gptq" in " ".join(text.get_text() for text in figure.axes[0].texts)

@@ -19,7 +19,7 @@ from llmlab.decoding.loop import Step
 from llmlab.decoding.result import Completion
 from llmlab.lab import figures, widgets
 from llmlab.lab.figures import tradeoffs
-from llmlab.lab.passes import Pass
+from llmlab.lab.figures.decoding import Pass
 from llmlab.measure.record import Measurement, append, describe, records
 
 EVIL = "<script>alert(1)</script> $x$ & \"'"
@@ -67,7 +67,7 @@ def test_the_front_is_what_brute_force_finds(points, units):
     expected = [
         not any(map(math.isnan, point)) and not any(dominates(other, point) for other in points) for point in points
     ]
-    front = widgets.pareto(frame, "x", "y")
+    front = tradeoffs.pareto(frame, "x", "y")
     assert list(front) == expected
     assert list(front.index) == list(frame.index)
 
