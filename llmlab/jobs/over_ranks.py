@@ -16,6 +16,7 @@ import torch
 from llmlab.base.errors import InputError
 from llmlab.base.paths import new_folder
 from llmlab.data import Question
+from llmlab.decoding.engine import Engine
 from llmlab.decoding.plain_engine import engine_for
 from llmlab.decoding.result import Completion
 from llmlab.jobs.rank_parts import Job, Options, ScoredPart, generate_part, quantize_part, score_part
@@ -136,8 +137,15 @@ class RankGroup:
     def completions(
         self, model: str, prompts: list[str], cuts: Cuts, dtype: str | None, options: Options
     ) -> list[Completion]:
-        """The completions with their ids, in the order of the prompts."""
-        parts = self.run(generate_part, self.job(model, cuts, dtype), prompts, options)
+        """The completions with their ids, in the order of the prompts.
+
+        Raises InputError for stages or parts of a model that no static cache serves: they hold no other one.
+        """
+        job = self.job(model, cuts, dtype)
+        cached = job.checked.get(f"the {Engine.kind}")
+        if cuts.tensor * cuts.pipeline > 1 and cached is not None and not cached.passed:
+            raise InputError(f"{model} cannot generate over stages or parts, only in replicas: {cached.reason}.")
+        parts = self.run(generate_part, job, prompts, options)
         by_replica = dict(part for part in parts if part is not None)
         return [by_replica[k % cuts.data].completions[k // cuts.data] for k in range(len(prompts))]
 
