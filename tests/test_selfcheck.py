@@ -129,7 +129,8 @@ def test_models_that_tries_cannot_serve_are_scored_plainly_with_one_sentence(con
 
 def test_score_tells_which_method_ran_and_perplexity_is_plain(tiny_folders, smollm2):
     config = MambaConfig(vocab_size=49152, hidden_size=32, num_hidden_layers=2, state_size=4)
-    lm = dataclasses.replace(tiny_lm(config), tokenizer=smollm2.tokenizer)
+    lm = tiny_lm(config)
+    lm = dataclasses.replace(lm, tokenizer=smollm2.tokenizer, card=dataclasses.replace(lm.card, vocab_size=49152))
     questions = llmlab.data.everyday(limit=3)
     with pytest.warns(UserWarning, match="reference path"):
         result = llmlab.score(lm, questions)

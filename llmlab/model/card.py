@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass
 
 import torch
@@ -194,7 +195,8 @@ def _empty(config: PreTrainedConfig, name: str) -> PreTrainedModel:
     own_code = type(config).__module__.startswith("transformers_modules")
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=own_code)
+            alike = copy.deepcopy(config)  # which from_config writes its attention into
+            return AutoModelForCausalLM.from_config(alike, attn_implementation="eager", trust_remote_code=own_code)
     except Exception as error:  # each architecture is unusable in its own way: a missing package, odd sizes
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(f"transformers cannot build {name} ({config.model_type}): {reason}.") from error
