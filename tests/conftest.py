@@ -62,6 +62,16 @@ def reference_kernel(*models):
             linear.limit = limit
 
 
+def inputs_of(model, name, ids):
+    """What the module of that name is given [tokens, features] when a model reads token ids."""
+    seen = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=ids)
+    hook.remove()
+    return seen[0]
+
+
 TINY = {
     "llama": LlamaConfig(
         vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

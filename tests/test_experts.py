@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import inputs_of
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -105,18 +106,14 @@ def test_an_expert_is_solved_for_the_tokens_that_are_routed_to_it(folders):
     report, scheme = Report(), Scheme(4, 32)
     q = quantize(lm, scheme=scheme, calibration=rows, report=report)
     name = "model.layers.0.mlp.experts.2.w2"
-    seen = []
-    hook = q.model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad():
-        q.model(input_ids=rows)
-    hook.remove()
-    hessian = Hessian(96, seen[0].device)
-    hessian.add(seen[0])
+    seen = inputs_of(q.model, name, rows)
+    hessian = Hessian(96, seen.device)
+    hessian.add(seen)
     weight = lm.model.model.layers[0].mlp.experts.down_proj[2]
     expected = gptq(weight, factorize(hessian.matrix(), scheme), scheme)
     assert (q.model.get_submodule(name).unpacked().codes == expected.codes).float().mean() > 0.99
     tokens = {m["name"]: m["tokens"] for m in report.linears}
-    assert tokens[name] == len(seen[0]) < rows.numel()
+    assert tokens[name] == len(seen) < rows.numel()
     assert sum(tokens[f"model.layers.0.mlp.experts.{e}.w1"] for e in range(4)) == 2 * rows.numel()
 
 

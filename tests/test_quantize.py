@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import reference_kernel
+from conftest import inputs_of, reference_kernel
 from safetensors.torch import load_file, save_file
 
 import llmlab
@@ -54,13 +54,9 @@ def test_the_walk_equals_solving_by_hand(tiny, calibration):
     name = next(
         n for n, m in q.model.named_modules() if isinstance(m, QuantLinear) and n.endswith(("o_proj", "out_proj"))
     )
-    seen = []
-    hook = q.model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad():
-        q.model(input_ids=calibration)
-    hook.remove()
-    hessian = Hessian(64, seen[0].device)
-    hessian.add(seen[0])
+    seen = inputs_of(q.model, name, calibration)
+    hessian = Hessian(64, seen.device)
+    hessian.add(seen)
     expected = gptq(tiny.model.get_submodule(name).weight, factorize(hessian.matrix(), scheme), scheme)
     found = q.model.get_submodule(name).unpacked()
     assert (found.codes == expected.codes).float().mean() > 0.995
