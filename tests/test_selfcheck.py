@@ -222,12 +222,12 @@ def test_outcomes_are_kept_for_what_they_hold_for(monkeypatch):
     lm.model.to(torch.bfloat16)
     assert run()[1] == 4
     monkeypatch.setattr(torch, "__version__", "9.9")
-    selfcheck._versions.cache_clear()
+    selfcheck.versions.cache_clear()
     try:
         assert run()[1] == 5
         assert len(known()) == 1  # what was found under other libraries is not told
     finally:
-        selfcheck._versions.cache_clear()
+        selfcheck.versions.cache_clear()
 
 
 def test_doctor_tells_what_is_known():

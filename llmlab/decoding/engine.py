@@ -19,7 +19,7 @@ from llmlab.decoding.cache import NAME, Cache, PassInputs
 from llmlab.decoding.timing import PassTimes
 from llmlab.decoding.visible import visible
 from llmlab.kernels import fewrows
-from llmlab.kernels.replay import Recorder, sharded
+from llmlab.kernels.replay import Recorder
 from llmlab.model.lm import LM
 from llmlab.model.selfcheck import check, plain_logits, probe, small_windows
 
@@ -61,10 +61,7 @@ class Engine:
         self.times = PassTimes(WIDTHS if cache_of is None else WIDTHS[:1])  # on another's cache it goes token by token
         self._pending: list[list[int]] = []  # slots of the last pass, by row
         if cache_of is None:
-            on_disk = not sharded(lm.model)
-            checked = check(
-                lm, f"the {self.kind}", self._probed, lambda: torch.cat([plain_logits(lm)] * 2), kept=on_disk
-            )
+            checked = check(lm, f"the {self.kind}", self._probed, lambda: torch.cat([plain_logits(lm)] * 2))
             if not checked.passed:
                 raise NotServed(f"{lm.name}: {checked.reason}.")
             self.__dict__.pop("model", None)  # made for the check, with short windows

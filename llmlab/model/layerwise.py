@@ -11,7 +11,7 @@ from llmlab.base.errors import InputError
 from llmlab.model.card import card_from_config
 from llmlab.model.fill import Tensors, empty_model, fill, local_folder
 from llmlab.model.lm import DTYPES, LM, decoder_layers
-from llmlab.model.matrices import expert_names, split_experts, stored_names
+from llmlab.model.matrices import stored_names
 from llmlab.model.sources import Source, fingerprint, read_config, read_tokenizer, resolve
 
 ReadLayer = Callable[[int], torch.nn.Module]
@@ -40,8 +40,6 @@ def stream(name: str, *, dtype: str = "fp32", device: torch.device | None = None
     model = empty_model(config, DTYPES[dtype])
     path, layers = decoder_layers(model)
     tensors = Tensors(folder, model.base_model_prefix, stored_names(model))
-    if not any(tensors.has(name) for name in model.state_dict() if name.endswith("experts.down_proj")):
-        split_experts(model, expert_names(model))  # as most files hold them
     tensors.place(model)
 
     def read_layer(index: int) -> torch.nn.Module:

@@ -77,9 +77,7 @@ def plain_logits(lm: LM) -> torch.Tensor:
     return _last_plain[1]  # type: ignore[return-value]  # set above
 
 
-def check(
-    lm: LM, path: str, fast: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor], *, kept: bool = True
-) -> Check:
+def check(lm: LM, path: str, fast: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor]) -> Check:
     """Whether a fast path gives the plain path's numbers; computed once, then remembered.
 
     Args:
@@ -87,7 +85,6 @@ def check(
         path: what the fast path is called in sentences and in `llmlab doctor`: "trie attention".
         fast, plain: functions that return logits [..., vocabulary] of the same tokens of `probe`. Both run within
             `small_windows(lm.model)`; a path with modules of its own enters it for them, too.
-        kept: whether outcomes come from and go to the disk; not on ranks, which must all check, or none of them.
 
     Returns:
         The outcome. A fast path that raises has not passed; running out of memory and Ctrl-C go on to the caller.
@@ -99,7 +96,7 @@ def check(
     identity = _identity(lm) | {"path": path}
     key = _digest(identity)
     file = cache_folder() / "checks" / f"{key}.json"
-    if kept and key not in _outcomes:
+    if key not in _outcomes:
         with suppress(OSError, ValueError, TypeError, KeyError):  # never checked, or not ours
             _outcomes[key] = Check(**json.loads(file.read_text())["outcome"])
     if key in _outcomes:
@@ -110,8 +107,6 @@ def check(
             return Check(False, math.nan, "the plain path's own numbers are not finite")
         outcome = _compare(path, fast, expected, _rounding(lm))
     _outcomes[key] = outcome
-    if not kept:
-        return outcome
     with suppress(OSError), atomic(file) as temporary:  # without a cache the next process checks again
         temporary.write_text(json.dumps(identity | {"outcome": asdict(outcome)}))
     return outcome
@@ -142,7 +137,7 @@ def known() -> list[dict[str, object]]:
     for file in sorted((cache_folder() / "checks").glob("*.json")):
         with suppress(OSError, ValueError, TypeError, KeyError):
             kept = json.loads(file.read_text())
-            if kept["versions"] == _versions():
+            if kept["versions"] == versions():
                 rows.append({name: kept[name] for name in ("model", "path", "dtype", "device")} | kept["outcome"])
     return rows
 
@@ -195,7 +190,7 @@ def _identity(lm: LM) -> dict[str, str]:
         "config": json.dumps(lm.model.config.to_dict(), sort_keys=True, default=str),
         "dtype": lm.dtype,
         "device": torch.cuda.get_device_name(lm.device) if on_gpu else f"CPU {machine()}",
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -214,10 +209,10 @@ def _sample(lm: LM) -> str:
 
 
 @functools.cache
-def _versions() -> str:
-    """Libraries, and this package's own code: a developer's change of a fast path must be checked again."""
+def versions(files: str = "**/*.py") -> str:
+    """Libraries, and this package's own code in these files: after a change of it a check must be made again."""
     code = hashlib.sha256()
-    for file in sorted(PACKAGE.rglob("*.py")):
+    for file in sorted(PACKAGE.glob(files)):
         code.update(file.read_bytes())
     return f"llmlab {code.hexdigest()[:12]}, torch {torch.__version__}, transformers {transformers.__version__}"
 

@@ -151,7 +151,7 @@ def score(lm: LM, questions: list[Question], *, method: str = "shared", batch_si
     with progress(len(sequences), f"scoring {questions[0].source}", "ending") as bar:
         begin_inference = time.perf_counter()
         if method == "shared":
-            scores = shared.log_probs(lm, sequences, on_batch=_showing(bar, questions))
+            scores = shared.in_tries(lm, sequences, on_batch=_showing(bar, questions))
         else:
             scores = reference.log_probs(lm, sequences, batch_size=batch_size, on_batch=_showing(bar, questions))
         end = time.perf_counter()

@@ -49,6 +49,13 @@ def log_probs(
     """
     if not serves(lm, sequences):
         return reference.log_probs(lm, sequences, on_batch=on_batch)
+    return in_tries(lm, sequences, budget=budget, on_batch=on_batch)
+
+
+def in_tries(
+    lm: LM, sequences: list[Sequence], *, budget: int | None = None, on_batch: OnBatch | None = None
+) -> Scores:
+    """The same for a model that is known to be served."""
     with fastest_matmuls(lm.model):
         return score_tries(lm, sequences, question_tries(sequences), budget=budget, on_batch=on_batch)
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llmlab.base.errors import InputError
-from llmlab.base.paths import PACKAGE, atomic, cache_folder
+from llmlab.base.paths import atomic, cache_folder
 from llmlab.model.fill import Slices, Tensors, empty_model
+from llmlab.model.selfcheck import versions
 from llmlab.sharding.assemble import Place, assemble
 from llmlab.sharding.cuts import Cuts
 from llmlab.sharding.peers import Meeting, ThreadPeers
@@ -54,7 +54,7 @@ def rehearse(config: PreTrainedConfig, cuts: Cuts, layers: list[tuple[int, int]]
         layers: first and end layer of each stage.
     """
     identity = {"config": json.dumps(_plain(config), sort_keys=True, default=str), "layers": str(layers)}
-    identity |= {"tensor": str(cuts.tensor), "versions": _versions()}
+    identity |= {"tensor": str(cuts.tensor), "versions": versions("sharding/*.py")}
     text = json.dumps(identity, sort_keys=True)
     file = cache_folder() / "checks" / f"layout-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     with suppress(OSError):
@@ -224,11 +224,3 @@ def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     """A config without what says nothing of the computation."""
     about = {"_name_or_path", "transformers_version", "dtype", "architectures", "quantization_config"}
     return {name: value for name, value in config.to_dict().items() if name not in about}
-
-
-def _versions() -> str:
-    """Libraries, and the code that cuts: a change of it must be rehearsed again."""
-    code = hashlib.sha256()
-    for file in sorted(PACKAGE.glob("sharding/*.py")):
-        code.update(file.read_bytes())
-    return f"{code.hexdigest()[:12]}, torch {torch.__version__}, transformers {transformers.__version__}"
