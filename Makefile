@@ -18,11 +18,11 @@ lab: $(STAMP)  ## run the notebooks into report/: pages, figures and index.html;
 
 test: $(STAMP) check  ## lint, types and tests, the notebooks and older processors included
 	@echo "== llmlab: tests (about 17 minutes on 2 cores; make quick is the loop of daily work)"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 quick: $(STAMP) check  ## lint, types and the tests of what a change usually breaks
 	@echo "== llmlab: quick tests (about 2 minutes on 2 cores)"
-	@$(BIN)/python -m pytest -m "not slow" --durations=3
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations=3
 
 check: $(STAMP)
 	@echo "== llmlab: ruff and mypy (seconds; the first mypy run takes a minute)"

@@ -10,6 +10,10 @@ from pathlib import Path
 # Before llmlab or transformers is imported: no network, and records go to a folder of their own.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["LLMLAB_HOME"] = tempfile.mkdtemp(prefix="llmlab-tests-")
+# `make test` runs two processes side by side, which share the cores: with more threads than cores, small products wait.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
 
 import pytest
 import torch
