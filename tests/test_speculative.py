@@ -44,25 +44,28 @@ def packed(smollm2):
     return self_4bit(smollm2)
 
 
+DRAFTS = {
+    "tree": lambda smollm2, packed, tiny: [PromptLookup(longest=3, shortest=1, branches=3)],
+    "self-4bit": lambda smollm2, packed, tiny: [SelfDraft(packed)],
+    "model": lambda smollm2, packed, tiny: [ModelDraft(llmlab.load(tiny, dtype="fp32"))],
+    "itself": lambda smollm2, packed, tiny: [ModelDraft(smollm2)],
+    "cascade": lambda smollm2, packed, tiny: [PromptLookup(), SelfDraft(packed)],
+    "lookup": lambda smollm2, packed, tiny: [PromptLookup()],  # the last one stays for the whole file: it holds nothing
+}
+
+
 @pytest.fixture(scope="module")
-def drafts(smollm2, packed, tiny_folders):
-    stranger = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
-    own = SelfDraft(packed)
-    return {
-        "lookup": [PromptLookup()],
-        "tree": [PromptLookup(longest=3, shortest=1, branches=3)],
-        "self-4bit": [own],
-        "model": [ModelDraft(stranger)],
-        "itself": [ModelDraft(smollm2)],
-        "cascade": [PromptLookup(), own],
-    }
+def draft(request, smollm2, packed, tiny_folders):
+    """A draft by its name; the next name frees it, because each has an engine of its own."""
+    return DRAFTS[request.param](smollm2, packed, str(tiny_folders["llama"]))
 
 
 @pytest.mark.parametrize("k, batch_size", [(4, 1), (None, 3)])
-@pytest.mark.parametrize("name", ["lookup", "tree", "self-4bit", "model", "itself", "cascade"])
-def test_greedy_ids_are_those_of_plain_decoding(smollm2, engine, plain, drafts, name, k, batch_size):
+@pytest.mark.parametrize("draft", DRAFTS, indirect=True)
+def test_greedy_ids_are_those_of_plain_decoding(request, smollm2, engine, plain, draft, k, batch_size):
+    name = request.node.callspec.params["draft"]
     result = llmlab.generate(
-        smollm2, PROMPTS, max_new_tokens=24, draft=drafts[name], k=k, batch_size=batch_size, engine=engine
+        smollm2, PROMPTS, max_new_tokens=24, draft=draft, k=k, batch_size=batch_size, engine=engine
     )
     assert [c.ids for c in result.completions] == plain
     tally = result.speculation
@@ -196,11 +199,13 @@ def test_next_tokens_of_the_real_model_keep_their_marginals(smollm2, engine, pac
     assert p_value(binned(wrong), expected) < 0.01
 
 
-def test_sampling_with_drafts_repeats_with_the_seed_and_runs_in_batches(smollm2, engine, drafts):
+def test_sampling_with_drafts_repeats_with_the_seed_and_runs_in_batches(smollm2, engine, packed):
+    cascade = [PromptLookup(), SelfDraft(packed)]
+
     def draw(seed, batch_size):
         result = llmlab.generate(
             smollm2, PROMPTS, max_new_tokens=12, temperature=0.9, top_p=0.9, seed=seed, k=3,
-            draft=drafts["cascade"], batch_size=batch_size, engine=engine,
+            draft=cascade, batch_size=batch_size, engine=engine,
         )  # fmt: skip
         return [c.ids for c in result.completions]
 
@@ -250,13 +255,13 @@ def test_a_stream_is_the_completion_in_pieces(smollm2, engine, draft):
     assert "".join(held_back) == whole[: whole.index(whole[4:8])]
 
 
-def test_an_end_token_among_accepted_ones_ends_the_row(smollm2, engine, plain, drafts):
+def test_an_end_token_among_accepted_ones_ends_the_row(smollm2, engine, plain):
     ending = copy.copy(smollm2.model.generation_config)
     ending.eos_token_id = plain[0][3]
     kept, smollm2.model.generation_config = smollm2.model.generation_config, ending
     try:
         result = llmlab.generate(
-            smollm2, PROMPTS[:1], max_new_tokens=24, draft=drafts["itself"], k=4, engine=engine
+            smollm2, PROMPTS[:1], max_new_tokens=24, draft=ModelDraft(smollm2), k=4, engine=engine
         ).completions[0]
     finally:
         smollm2.model.generation_config = kept
