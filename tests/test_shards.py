@@ -1,6 +1,7 @@
 """What a rank holds, where it reads it to, when it lets go of it, and when it says that it works."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import rank_jobs
@@ -8,6 +9,7 @@ import torch
 from conftest import CHECKOUT
 
 import llmlab
+from llmlab.jobs.over_ranks import RankGroup
 from llmlab.measure.memory import peak_bytes
 from llmlab.model.fill import Tensors, empty_model, local_folder
 from llmlab.model.sources import read_config, resolve
@@ -116,6 +118,15 @@ def test_a_process_of_torchrun_talks_through_its_own_gpu(monkeypatch):
     assert done == [torch.device("cuda", 3), ("nccl", 5)]
     assert (rank.index, rank.device, rank.timeout) == (7, torch.device("cuda", 3), 5)
     assert own_device("cpu", 3) == CPU and len(done) == 2
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16")])
+def test_ranks_compute_in_what_their_gpus_are_built_for(monkeypatch, tiny_folders, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    group = RankGroup(SimpleNamespace(size=2, device="cuda", index=0, run=None))
+    folder = str(tiny_folders["llama"])
+    assert group.job(folder, Cuts(data=2)).dtype == dtype
+    assert group.job(folder, Cuts(data=2), "float32").dtype == "fp32"
 
 
 class Gpu:

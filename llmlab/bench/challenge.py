@@ -93,6 +93,7 @@ def _over_ranks(
     model: str, asked: Asked, devices: int, dtype: str | None, device: str | None, layers: int | None
 ) -> _Run:
     """In the layout with the least communication that fits; of the model that is returned only the ends are read."""
+    model_card(model)  # refuses a name that means nothing before ranks start
     with ranks(devices, device=device) as group:
         where = torch.device(group.device)
         lm = outline(model, check_dtype(dtype, where), where, layers)

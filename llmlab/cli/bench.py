@@ -144,9 +144,11 @@ def sharding(
     """Every layout of data, tensor and pipeline parallelism against the naive split and one process, measured and
     simulated (about 6 minutes for the built-in model on 2 cores)."""
     from llmlab.bench.sharding import bench_sharding
+    from llmlab.sharding.launch import check_world
     from llmlab.sharding.load import outline
 
     check_positive(repeats=repeats)
+    check_world(devices, place.device)
     questions = read_rows(data, limit)
     lm = place.load()
     alone = llmlab.score(lm, questions)
