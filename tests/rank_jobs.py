@@ -1,8 +1,10 @@
 """What the tests let ranks do: ranks import functions by module and name."""
 
+import gc
 import os
 import signal
 import time
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -66,3 +68,19 @@ def shard_sizes(rank, name, cuts):
     made = []
     peak = peak_bytes(lambda: made.append(load_shard(rank, name, cuts, "fp32")), rank.device)
     return made[0].weight_bytes, made[0].largest_tensor, peak
+
+
+WATCHED = []
+
+
+def watch(rank):
+    """How many tensors of the model that this rank keeps are watched from now on; no collector comes by unasked."""
+    gc.disable()
+    [shard] = rank.kept.values()
+    WATCHED[:] = [weakref.ref(weight) for weight in shard.lm.model.parameters()]
+    return len(WATCHED)
+
+
+def left(rank):
+    """(watched tensors that are still there, process groups)"""
+    return sum(watched() is not None for watched in WATCHED), len(dist.distributed_c10d._world.pg_map)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from llmlab.decoding.writer import Run
 from llmlab.measure.memory import peak_bytes
 from llmlab.quantization.calibration import calibration_rows
 from llmlab.scoring.trie import question_tries
+from llmlab.sharding.cuts import Cuts
 
 pytestmark = pytest.mark.slow
 
@@ -163,8 +165,37 @@ def test_challenge_over_ranks_finds_the_same_answers(tiny_folders):
     assert record.metrics["acc"]
     assert record.settings == together.settings
     assert (record.settings["layout"], record.settings["layers"]) == ("data 2", str(lm.card.layers))
-    with pytest.raises(InputError, match="random weights run on one device"):
-        challenge("random:opt-125m", None, limit=2, devices=2)
+
+
+def test_challenge_over_ranks_needs_no_weights(tiny_folders, monkeypatch):
+    """Synthetic questions through a shape's random weights; the layout is ours, as the whole model fits each rank."""
+    best = SimpleNamespace(best=Cuts(pipeline=2))
+    monkeypatch.setattr("llmlab.bench.challenge._plan", lambda lm, devices: best)
+    shape = f"random:{tiny_folders['llama']}"
+    lm, measured = challenge(shape, None, limit=5, device="cpu", layers=2, devices=2)
+    assert (measured.n, measured.seed, measured.details["synthetic"]) == (5, 0, True)
+    how = {"method": "shared", "ranks": "2", "layout": "pipeline 2", "schedule": "micro-batches", "layers": "2"}
+    assert measured.settings == how
+    assert not [name for name in measured.values if name.startswith("acc")]
+    assert 0 < measured.values["seconds_inference"].value < measured.values["seconds_total"].value
+    assert 0 <= measured.values["bubble"].value < 1
+    _, alone = challenge(shape, None, limit=5, device="cpu", layers=2)
+    assert measured.details["tokens"] == alone.details["tokens"]  # the same questions
+    assert llmlab.record(lm, measured).weight_bytes == lm.weight_bytes == lm.card.bytes
+
+
+def test_challenge_over_ranks_from_the_command_line(tiny_folders, monkeypatch, tmp_path):
+    from llmlab.cli.main import main
+
+    out, shape = tmp_path / "out.json", f"random:{tiny_folders['opt']}"
+    arguments = ["challenge", "--model", shape, "--layers", "1", "--devices", "2", "--device", "cpu", "--limit", "3"]
+    monkeypatch.setattr(sys, "argv", ["llmlab", *arguments, "--output", str(tmp_path), "--json", str(out)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    result = json.loads(out.read_text())
+    assert not stop.value.code and (result["n"], result["layers"], result["synthetic"]) == (3, 1, True)
+    assert result["record"]["settings"]["layout"] == "data 2" and "bubble" in result["record"]["metrics"]
+    assert (tmp_path / "challenge.html").exists()
 
 
 def test_bench_sharding_reports_what_it_promises(tiny_folders):

@@ -129,6 +129,7 @@ def test_gpus_by_their_energy_counter(nvml):
     assert found.source == "NVML energy counter of GPU 0, NVML energy counter of GPU 1"
     assert found.joules == pytest.approx(0.5)  # one reading each between the first and the last
     assert measure_energy(lambda: None, torch.device("cuda:1")).source == "NVML energy counter of GPU 1"
+    assert measure_energy(lambda: None, torch.device("cuda:0"), ranks=2).source == found.source
 
 
 def test_a_gpu_without_an_energy_counter_is_not_measured(nvml):

@@ -35,6 +35,17 @@ def test_speedup_is_a_ratio_of_medians_whose_interval_uses_the_pairing():
         clock.speedup(slow, clock.Timing("short", noise[:-1], 1))
 
 
+def test_only_gpus_that_were_asked_something_are_waited_for(monkeypatch):
+    """To wait for another one would open a context there: half a GB beside a rank's part of a model."""
+    waited = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 2**21 * (index in (0, 2)))
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    clock.synchronize()
+    assert waited == [0, 2]
+
+
 def test_peaks_are_measured_for_each_dtype_with_one_memory_rate():
     peaks = roofline.measure_peaks(["fp32", "bf16"], torch.device("cpu"), shapes=[(64, 64, 64)], min_seconds=0.0)
     assert set(peaks) == {"fp32", "bf16"}

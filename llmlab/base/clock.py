@@ -31,10 +31,14 @@ class Timing:
 
 
 def synchronize() -> None:
-    """Wait until the GPUs have done all that was asked of them; nothing to wait for where none was used."""
+    """Wait until the GPUs have done all that this process asked of them.
+
+    Those where it has no memory were asked nothing; to wait for one would open a context there, half a GB of it.
+    """
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no hints for it
         for index in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(index)
+            if torch.cuda.memory_reserved(index):
+                torch.cuda.synchronize(index)
 
 
 def seconds_of(run: Callable[[], object]) -> float:

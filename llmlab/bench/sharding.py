@@ -5,20 +5,23 @@ those of an undisturbed device. What ranks lose by sharing this machine's cores 
 """
 
 import statistics
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
+from llmlab.base.clock import seconds_of
 from llmlab.base.stats import Metric
 from llmlab.data import Question
-from llmlab.jobs.over_ranks import RankGroup, gather_scores
+from llmlab.jobs.over_ranks import RankGroup, gather_scores, timeline
 from llmlab.jobs.rank_parts import ScoredPart
 from llmlab.measure.record import Measurement, Row
 from llmlab.model.card import ModelCard
+from llmlab.model.lm import DTYPES, check_dtype
 from llmlab.model.load import model_card
 from llmlab.scoring.paired import paired
 from llmlab.scoring.score import ScoreResult
@@ -26,8 +29,9 @@ from llmlab.sharding.cuts import Cuts, all_cuts
 from llmlab.sharding.pipeline import stage_layers
 from llmlab.sharding.plan import plan
 from llmlab.sharding.rank import Rank
-from llmlab.sharding.timeline import Span, Task, Timeline, simulate, tasks
+from llmlab.sharding.timeline import Task, Timeline, simulate, tasks
 
+MATRICES = 2**28  # bytes of what all-reduces are timed between: more than caches hold, little beside a model's part
 ASKED = 0.6  # of a trie's nodes ask the output head; as in `load_shard`
 Runs = list[list[ScoredPart]]  # of each run, what each rank reported
 
@@ -71,13 +75,20 @@ class RankTimes:
 
 
 def bench_sharding(
-    group: RankGroup, model: str, questions: list[Question], alone: ScoreResult, *, repeats: int = 3
+    group: RankGroup,
+    model: str,
+    questions: list[Question],
+    alone: ScoreResult,
+    *,
+    dtype: str | None = None,
+    repeats: int = 3,
 ) -> Measurement:
     """Everything that the benchmark reports, ready for JSON in `details`; speeds are ratios to the naive split.
 
-    `alone`: the questions' scores by one process. Each layout runs `repeats` times, interleaved.
+    `alone`: the questions' scores by one process in `dtype`. Each layout runs `repeats` times, interleaved.
     """
-    card = model_card(model)
+    card, dtype = model_card(model), check_dtype(dtype, torch.device(group.device))
+    score = partial(group.score_parts, model, dtype=dtype)
     fitting = [cuts for cuts in all_cuts(group.size) if not cuts.misfit(card.layers, card.kv_heads)]
     pipeline = Cuts(pipeline=group.size)
     layouts = [(pipeline, "naive"), *((cuts, "micro-batches") for cuts in fitting)]
@@ -85,10 +96,12 @@ def bench_sharding(
     for _ in range(repeats):
         for (cuts, schedule), of_layout in runs.items():
             if not of_layout:
-                group.score_parts(model, questions[:4], cuts, schedule=schedule)  # loads and warms up
-            of_layout.append(group.score_parts(model, questions, cuts, schedule=schedule))
+                score(questions[: 4 * cuts.data], cuts, schedule=schedule)  # loads and warms up
+            of_layout.append(score(questions, cuts, schedule=schedule))
     naive = runs[layouts[0]]
-    times = _measured_times(group, model, questions, naive, card)
+    times = _measured_times(score, questions, naive, card, group.size)
+    reduce = statistics.median(group.run(time_reduce, card.hidden_size, card.intermediate_size, dtype))
+    times = replace(times, reduce=reduce)
     rows = [_row(times, of_layout, *layout, questions, alone) for layout, of_layout in runs.items()]
     # The micro-batched pipeline on devices of its own, for more questions of the same kind.
     passes = naive[0][0].nodes
@@ -122,11 +135,10 @@ def _row(times: RankTimes, runs: Runs, cuts: Cuts, schedule: str, questions: lis
     seconds = statistics.median(seconds_all)
     parts = min(runs, key=lambda parts: abs(_seconds(parts) - seconds))
     here, apart = (times.timeline(_nodes(parts, cuts), cuts, schedule, cores) for cores in (times.cores, None))
-    spans = [Span(Task(b, r, r, e - s), s, e) for r, p in enumerate(parts) for b, (s, e) in enumerate(p.busy)]
     compared = paired(alone, gather_scores(questions, parts, cuts, schedule, seconds))
     row: Row = {"layout": cuts.name, "schedule": schedule, "seconds_measured": seconds, "seconds_all": seconds_all}
     row |= {"seconds_simulated": here.seconds, "simulator_error": here.seconds / seconds - 1}
-    row |= {"bubble_measured": Timeline(len(parts), spans).bubble, "bubble_simulated": here.bubble}
+    row |= {"bubble_measured": timeline(parts).bubble, "bubble_simulated": here.bubble}
     row |= {"bubble_on_own_devices": apart.bubble, "seconds_on_own_devices": apart.seconds}
     row |= {"bytes_sent": sum(p.bytes_sent for p in parts)}
     row |= {"efficiency": sum(span.task.work for span in apart.spans) / times.cores / seconds}
@@ -148,53 +160,60 @@ def _bounds(card: ModelCard, stages: int) -> list[tuple[int, int]]:
     return stage_layers(card.layers, stages, ASKED * card.head_parameters / (card.linear_parameters / card.layers))
 
 
-def _measured_times(group: RankGroup, model: str, questions: list[Question], naive: Runs, card: ModelCard) -> RankTimes:
-    """Lines through the naive schedule's times, and what cores and links do."""
-    bounds, nodes = _bounds(card, group.size), np.array(naive[0][0].nodes, dtype=float)
+def _measured_times(
+    score: Callable[[list[Question], Cuts], list[ScoredPart]],
+    questions: list[Question],
+    naive: Runs,
+    card: ModelCard,
+    size: int,
+) -> RankTimes:
+    """Lines through the naive schedule's times of `size` ranks, and what cores and links do."""
+    bounds, nodes = _bounds(card, size), np.array(naive[0][0].nodes, dtype=float)
     # [stages][passes], the median over the runs
     seconds = np.median([[[e - s for s, e in part.busy] for part in parts] for parts in naive], axis=0)
     inner = sum(end - first for first, end in bounds[:-1]) or 1
-    layer = np.polyfit(nodes, seconds[:-1].sum(axis=0) / inner, 1) if group.size > 1 else np.zeros(2)
+    layer = np.polyfit(nodes, seconds[:-1].sum(axis=0) / inner, 1) if size > 1 else np.zeros(2)
     last = bounds[-1][1] - bounds[-1][0]
     head = np.polyfit(nodes, seconds[-1] - last * np.polyval(layer, nodes), 1)
-    hops = len(nodes) * group.size  # a batch's hops from stage to stage, and the word that it has left
+    hops = len(nodes) * size  # a batch's hops from stage to stage, and the word that it has left
     link = max(0.0, (statistics.median(map(_seconds, naive)) - seconds.sum()) / hops)
-    times = RankTimes(card, tuple(layer.tolist()), tuple(head.tolist()), link, reduce=0.0, cores=float(group.size))
+    times = RankTimes(card, tuple(layer.tolist()), tuple(head.tolist()), link, reduce=0.0, cores=float(size))
     # How many undisturbed ranks' work this machine does at once: what makes the simulation of a short run of replicas
     # take as long as the run did.
-    replicas, few = Cuts(data=group.size), questions[: max(group.size, len(questions) // 4)]
-    group.score_parts(model, questions[: group.size], replicas)  # loads and warms up
-    runs = [group.score_parts(model, few, replicas) for _ in range(3)]
+    replicas, few = Cuts(data=size), questions[: max(size, len(questions) // 4)]
+    score(questions[:size], replicas)  # loads and warms up
+    runs = [score(few, replicas) for _ in range(3)]
     measured, work = statistics.median(map(_seconds, runs)), _nodes(runs[0], replicas)
-    low, high = 0.25, float(group.size)
+    low, high = 0.25, float(size)
     for _ in range(20):  # bisection: more cores, fewer seconds
         cores = (low + high) / 2
         slower = times.timeline(work, replicas, "micro-batches", cores).seconds > measured
         low, high = (cores, high) if slower else (low, cores)
-    reduce = statistics.median(group.run(time_reduce, card.hidden_size, card.intermediate_size))
-    return replace(times, reduce=reduce, cores=(low + high) / 2)
+    return replace(times, cores=(low + high) / 2)
 
 
-def time_reduce(rank: Rank, hidden_size: int, intermediate_size: int, rounds: int = 40) -> float:
+def time_reduce(rank: Rank, hidden_size: int, intermediate_size: int, dtype: str = "fp32", rounds: int = 40) -> float:
     """Seconds that an all-reduce of 256 nodes' hidden states adds to the matmuls before it.
 
     Between pairs of ranks, all pairs at once, with half an MLP between two reduces as in a layer: where ranks share
     cores most of a reduce is waiting until the other rank gets one.
     """
-    even = rank.size % 2 == 0
-    group = init_device_mesh(rank.device.type, (rank.size // 2, 2)).get_group(1) if even else None
-    x = torch.randn(256, hidden_size, device=rank.device)
-    weights = [torch.randn(intermediate_size, hidden_size, device=rank.device) for _ in range(rounds)]
+    group = rank.join(torch.arange(rank.size).view(-1, 2).tolist()) if rank.size % 2 == 0 else None
+    where: dict[str, Any] = {"dtype": DTYPES[dtype], "device": rank.device}
+    x = torch.randn(256, hidden_size, **where)
+    copies = max(1, min(rounds, MATRICES // (hidden_size * intermediate_size * x.element_size())))
+    weights = [torch.randn(intermediate_size, hidden_size, **where) for _ in range(copies)]
 
-    def run(reduce: bool) -> float:
-        dist.barrier()
-        begin = time.perf_counter()
-        for weight in weights:
-            torch.nn.functional.linear(x, weight)
+    def multiply(reduce: bool) -> None:
+        for index in range(rounds):
+            torch.nn.functional.linear(x, weights[index % copies])
             if reduce:
                 dist.all_reduce(x, group=group)
                 x.mul_(0.5)  # the sum of two halves stays of a size
-        return (time.perf_counter() - begin) / rounds
+
+    def run(reduce: bool) -> float:
+        dist.barrier()
+        return seconds_of(lambda: multiply(reduce)) / rounds
 
     run(True)
     return statistics.median(max(0.0, run(True) - run(False)) for _ in range(3))

@@ -118,7 +118,8 @@ def measure_point(
             written = write()
             tokens = sum(part.decoded_tokens for part in written)
             decoding.append(max(part.seconds_decode for part in written) / max(1, tokens))
-        joules = joules_per_1000_tokens(measure_energy(write, lm.device), tokens) if measurable[0] else None
+        energy = measure_energy(write, lm.device, ranks=combination.cuts.ranks) if measurable[0] else None
+        joules = joules_per_1000_tokens(energy, tokens) if energy else None
     values, perplexities = _quality(exact, lm, scored, given.questions, effort.windows)
     values["questions_per_second"] = _rate(scoring, len(timed), "1/s")
     values["decode_tokens_per_second"] = _rate(decoding, 1, "token/s")

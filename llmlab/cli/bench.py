@@ -144,12 +144,17 @@ def sharding(
     """Every layout of data, tensor and pipeline parallelism against the naive split and one process, measured and
     simulated (about 6 minutes for the built-in model on 2 cores)."""
     from llmlab.bench.sharding import bench_sharding
+    from llmlab.sharding.launch import check_world
+    from llmlab.sharding.load import outline
 
     check_positive(repeats=repeats)
+    check_world(devices, place.device)
     questions = read_rows(data, limit)
+    lm = place.load()
+    alone = llmlab.score(lm, questions)
+    lm = outline(place.model, lm.dtype, lm.device)  # the whole model makes room for the ranks' parts
     with llmlab.ranks(devices, device=place.device) as group:
-        lm = place.load()
-        measured = bench_sharding(group, place.model, questions, llmlab.score(lm, questions), repeats=repeats)
+        measured = bench_sharding(group, place.model, questions, alone, dtype=lm.dtype, repeats=repeats)
     _print_rows("layouts", measured.details["layouts"], LAYOUT)
     payload = finish(f"{place.model} on {devices} ranks", lm, measured, warmup=1, repeats=repeats)
     print_line(measured.details["projection"])

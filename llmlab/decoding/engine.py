@@ -58,7 +58,9 @@ class Engine:
         self.owner = cache_of
         self.own_cache = Cache(0, 0)
         self.compile = compile
-        self.times = PassTimes(WIDTHS if cache_of is None else WIDTHS[:1])  # on another's cache it goes token by token
+        self.times = PassTimes(WIDTHS)
+        if cache_of is not None:  # on another's cache it goes token by token
+            self.times = PassTimes(WIDTHS[:1], cache_of.times.agree)
         self._pending: list[list[int]] = []  # slots of the last pass, by row
         if cache_of is None:
             checked = check(lm, f"the {self.kind}", self._probed, lambda: torch.cat([plain_logits(lm)] * 2))

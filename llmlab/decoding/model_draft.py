@@ -34,6 +34,8 @@ class ModelDraft:
     def begin(self, target: Decoder, prompts: list[list[int]], length: int) -> None:
         """Reads the prompts. Raises what `check` raises."""
         self.check(target.lm, length)
+        if isinstance(target, Engine):
+            self.engine.times.agree = target.times.agree
         self.vocabulary = target.lm.model.get_output_embeddings().weight.shape[0]
         self.engine.start(len(prompts), length + MOST_K)
         self.engine.prefill([self._known(ids) for ids in prompts])

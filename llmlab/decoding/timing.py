@@ -19,10 +19,13 @@ Forward = Callable[[list[list[int]]], torch.Tensor]
 
 
 class PassTimes:
-    """What passes of one engine take; `widths` are the numbers of tokens a row to which it pads them."""
+    """What passes of one engine take; `widths` are the numbers of tokens a row to which it pads them.
 
-    def __init__(self, widths: Sequence[int]) -> None:
-        self.widths = widths
+    `agree`: what ranks that share a model make of the seconds that each of them measured, so that all go equally wide.
+    """
+
+    def __init__(self, widths: Sequence[int], agree: Callable[[Sequence[float]], list[float]] = list) -> None:
+        self.widths, self.agree = widths, agree
         self.measured: dict[tuple[int, int], float] = {}  # by rows and width
 
     def seconds(self, rows: int, width: int) -> float:
@@ -58,7 +61,8 @@ class PassTimes:
                     runs[width].append(seconds)
         # A pass over more tokens is never cheaper: that would be noise.
         least = 0.0
-        for width, times in runs.items():
-            least = max(least, statistics.median(times))
-            larger = [seconds for (r, w), seconds in self.measured.items() if r * w >= rows * width]
+        medians = self.agree([statistics.median(times) for times in runs.values()])
+        for width, seconds in zip(runs, medians, strict=True):
+            least = max(least, seconds)
+            larger = [known for (r, w), known in self.measured.items() if r * w >= rows * width]
             self.measured[rows, width] = min([least, *larger])

@@ -19,8 +19,8 @@ from llmlab.data import Question
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.plain_engine import engine_for
 from llmlab.decoding.result import Completion
-from llmlab.jobs.rank_parts import Job, Options, ScoredPart, generate_part, quantize_part, score_part
-from llmlab.kernels.fast import default_dtype
+from llmlab.jobs.rank_parts import Asked, Job, Options, ScoredPart, generate_part, quantize_part, score_part
+from llmlab.model.lm import check_dtype
 from llmlab.model.selfcheck import outcomes
 from llmlab.quantization.calibration import ROWS
 from llmlab.quantization.grid import Scheme
@@ -31,6 +31,7 @@ from llmlab.sharding.cuts import Cuts
 from llmlab.sharding.joined import Joined, launched
 from llmlab.sharding.launch import Ranks
 from llmlab.sharding.load import check_layout, small_model
+from llmlab.sharding.timeline import Span, Task, Timeline
 
 SCHEDULES = ("micro-batches", "naive")
 
@@ -101,22 +102,26 @@ class RankGroup:
     def score_parts(
         self,
         model: str,
-        questions: list[Question],
+        asked: Asked,
         cuts: Cuts,
         *,
         dtype: str | None = None,
         schedule: str = "micro-batches",
         nodes: int | None = None,
+        layers: int | None = None,
     ) -> list[ScoredPart]:
-        """The same with what each rank has to tell: for benchmarks and timelines."""
-        if not questions:
+        """The same with what each rank has to tell: for benchmarks and timelines.
+
+        `random:SHAPE` models know no text, but sequences of token ids; `layers` says how many layers they keep.
+        """
+        if not asked:
             raise InputError("there are no questions to score: give at least one.")
         if schedule not in SCHEDULES:
             raise InputError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}.")
-        job = self.job(model, cuts, dtype)
+        job = self.job(model, cuts, dtype, layers)
         if reason := job.checked[TRIES].reason:
             warnings.warn(f"{model} is scored by the reference path: {reason.rstrip('.')}.", stacklevel=3)
-        return self.run(score_part, job, questions, schedule, nodes)
+        return self.run(score_part, job, asked, schedule, nodes)
 
     def generate(
         self,
@@ -170,17 +175,18 @@ class RankGroup:
             return Cuts(plan.data, plan.tensor, plan.pipeline)
         return Cuts(data or self.size // max(1, tensor * pipeline), tensor, pipeline)
 
-    def job(self, model: str, cuts: Cuts, dtype: str | None = None) -> Job:
+    def job(self, model: str, cuts: Cuts, dtype: str | None = None, layers: int | None = None) -> Job:
         """A model over these ranks; by default in the device's dtype.
 
         Raises InputError if it does not fit them, or its family cannot be cut so.
         """
-        check_layout(model, cuts, self.size)
-        small = small_model(model)
+        dtype = check_dtype(dtype, torch.device(self.device))
+        check_layout(model, cuts, self.size, layers)
+        small = small_model(model, layers)
         trie_check(small)
         with warnings.catch_warnings(action="ignore"):  # a rank that decodes says it of the model
             engine_for(small)
-        return Job(model, cuts, dtype or default_dtype(torch.device(self.device)), outcomes(small))
+        return Job(model, cuts, dtype, outcomes(small), layers)
 
 
 def gather_scores(
@@ -196,10 +202,21 @@ def gather_scores(
         questions,
         sequences,
         Scores([log_probs[number] for number in range(len(sequences))], work),
-        {"method": parts[0].method, "ranks": str(cuts.ranks), "layout": cuts.name, "schedule": schedule},
+        how_scored(parts, cuts, schedule),
         (max(part.seconds for part in parts), seconds),
         sum(part.weight_bytes for part in parts),
     )
+
+
+def how_scored(parts: list[ScoredPart], cuts: Cuts, schedule: str) -> dict[str, str]:
+    """The settings of a scoring job, for its result and records."""
+    return {"method": parts[0].method, "ranks": str(cuts.ranks), "layout": cuts.name, "schedule": schedule}
+
+
+def timeline(parts: list[ScoredPart]) -> Timeline:
+    """What each rank did when, as measured."""
+    spans = [Span(Task(b, r, r, e - s), s, e) for r, part in enumerate(parts) for b, (s, e) in enumerate(part.busy)]
+    return Timeline(len(parts), spans)
 
 
 def ranks(size: int | None = None, *, device: str | None = None, port: int = 0, timeout: float = 600) -> RankGroup:

@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 from llmlab.base.errors import InputError
 from llmlab.data import Question
+from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import generate
+from llmlab.decoding.plain_engine import engine_for
 from llmlab.decoding.result import GenerateResult
 from llmlab.kernels.packing import Quantized
 from llmlab.kernels.plain import fastest_matmuls
@@ -31,11 +33,13 @@ from llmlab.scoring.reference import rotary_limit
 from llmlab.scoring.shared import TRIES, Batch, Totals, passes
 from llmlab.scoring.trie import Trie, question_tries
 from llmlab.sharding import pipeline
+from llmlab.sharding.busy import Busy
 from llmlab.sharding.cuts import Cuts
 from llmlab.sharding.load import Shard, load_shard
 from llmlab.sharding.rank import Rank
 
 Options = dict[str, Any]  # of `llmlab.generate`
+Asked = list[Question] | list[Sequence]  # what is scored: texts, or token ids where a model knows no text
 NODES = {"cpu": 256, "cuda": 4096}  # of a pass: small enough that a pipeline fills
 
 
@@ -44,19 +48,20 @@ class Job:
     """What the ranks work with: a model, how it is cut over them, and the dtype of its activations.
 
     `checked`: what self-checks said of a small copy of the family. Ranks are told, for none of them can break off a
-    pass that others take part in.
+    pass that others take part in. `layers`: how many a model of random weights keeps.
     """
 
     model: str
     cuts: Cuts
     dtype: str
     checked: dict[str, Check]
+    layers: int | None = None
 
     def load(self, rank: Rank) -> Shard:
         """This rank's part of the model; kept between calls."""
         tell(self.checked)
         with torch.inference_mode(False):  # it serves passes outside this mode, too, which take no inference tensors
-            return load_shard(rank, self.model, self.cuts, self.dtype)
+            return load_shard(rank, self.model, self.cuts, self.dtype, self.layers)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class ScoredPart:
         sequences: all sequences, from rank 0 alone.
         nodes: of each pass of this replica.
         asked: positions at which the replica's output head worked.
-        seconds: from the common start to this rank's end.
+        seconds: from the common start to the end of this rank's last work.
         busy: (start, end) of each computation, seconds after the common start.
         bytes_sent: by the pipeline.
         weight_bytes: of this rank's part of the model.
@@ -90,15 +95,15 @@ class ScoredPart:
 def score_part(
     rank: Rank,
     job: Job,
-    questions: list[Question],
+    asked: Asked,
     schedule: str = "micro-batches",
     nodes: int | None = None,
 ) -> ScoredPart:
     """This rank's part of a scoring job: its replica's questions, as tries, or sequence by sequence."""
     shard = job.load(rank)
-    lm, stage = shard.lm, shard.stage
-    sequences = encode(lm, questions)
-    tries = _share(question_tries(sequences), job.cuts.data)[shard.data]
+    lm, place, stage = shard.lm, shard.place, shard.place.stage
+    sequences = encoded(lm, asked)
+    tries = _share(question_tries(sequences), job.cuts.data)[place.data]
     own = sorted({number for trie in tries for _, _, number in trie.scored})
     far = max(len(s.ids) for s in sequences) > rotary_limit(lm)
     method = "shared" if job.checked[TRIES].passed and not far else "reference"
@@ -110,14 +115,15 @@ def score_part(
 
     def finish(number: int, logits: torch.Tensor) -> None:
         totals.add(batches[number], logits[0])
-        if shard.answers and shard.data == 0:
+        if shard.answers and place.data == 0:
             rank.progress(number + 1, len(batches), f"scoring, {job.cuts.name}", "pass")
 
-    stage.busy, stage.bytes_sent = [], 0
+    stage.bytes_sent = 0
     with tries_attend(lm) if method == "shared" else nullcontext(), fastest_matmuls(lm.model):
         dist.barrier()
-        begin = time.monotonic()
+        begin, stage.busy = time.monotonic(), Busy(rank.device)
         pipeline.stream(lm.model, stage, [batch.model for batch in batches], finish, naive=schedule == "naive")
+        busy, stage.busy = stage.busy.spans(), None  # waits for this rank's GPU
         seconds = time.monotonic() - begin
     return ScoredPart(
         method=method,
@@ -126,10 +132,16 @@ def score_part(
         nodes=[batch.nodes for batch in batches],
         asked=totals.asked,
         seconds=seconds,
-        busy=[(start - begin, end - begin) for start, end in stage.busy],
+        busy=busy,
         bytes_sent=stage.bytes_sent,
         weight_bytes=shard.weight_bytes,
     )
+
+
+def encoded(lm: LM, asked: Asked) -> list[Sequence]:
+    """Sequences as they are; questions in the model's tokens."""
+    sequences = [item for item in asked if isinstance(item, Sequence)]
+    return sequences or encode(lm, [item for item in asked if isinstance(item, Question)])
 
 
 def alone(lm: LM, number: int, sequence: Sequence) -> Batch:
@@ -159,9 +171,14 @@ def _share(tries: list[Trie], replicas: int) -> list[list[Trie]]:
 def generate_part(rank: Rank, job: Job, prompts: list[str], options: Options) -> tuple[int, GenerateResult] | None:
     """This rank's part of a generation: its replica's prompts, with the number of the replica; None from the others."""
     shard = job.load(rank)
-    own = prompts[shard.data :: job.cuts.data]
-    result = generate(shard.lm, own, **options) if own else None
-    return (shard.data, result) if shard.answers and result else None
+    data = shard.place.data
+    if not (own := prompts[data :: job.cuts.data]):
+        return None
+    engine = engine_for(shard.lm)
+    if isinstance(engine, Engine):
+        engine.times.agree = shard.agree
+    result = generate(shard.lm, own, **options | {"engine": engine})
+    return (data, result) if shard.answers else None
 
 
 def quantize_part(

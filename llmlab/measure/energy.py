@@ -37,15 +37,18 @@ class _Unavailable(Exception):
     """Why there is no counter, as it is shown to people."""
 
 
-def measure_energy(run: Callable[[], object], device: torch.device, *, powercap: Path = POWERCAP) -> Energy:
+def measure_energy(
+    run: Callable[[], object], device: torch.device, *, ranks: int = 1, powercap: Path = POWERCAP
+) -> Energy:
     """Run a piece of work and say how many joules the device took meanwhile.
 
-    On CUDA: every GPU that torch sees in this process for plain "cuda", else the one GPU named; the CPU's share is not
-    in it. On CPU: every package, cores and caches included, memory modules not. `run` runs once; what it returns is
-    dropped, what it raises passes through. `powercap`: the kernel's powercap tree.
+    On CUDA: every GPU that torch sees in this process for plain "cuda", else the one GPU named, or the first ones where
+    `ranks` work on a GPU each; the CPU's share is not in it. On CPU: every package, cores and caches included, memory
+    modules not. `run` runs once; what it returns is dropped, what it raises passes through. `powercap`: the kernel's
+    powercap tree.
     """
     try:
-        counters = _counters(device, powercap)
+        counters = _counters(device, powercap, ranks)
     except _Unavailable as why:
         run()
         return Energy(None, 0.0, str(why))
@@ -109,8 +112,8 @@ class _Counter:
         return self._joules
 
 
-def _counters(device: torch.device, powercap: Path) -> list[_Counter]:
-    return _gpu_counters(device) if device.type == "cuda" else _package_counters(powercap)
+def _counters(device: torch.device, powercap: Path, ranks: int = 1) -> list[_Counter]:
+    return _gpu_counters(device, ranks) if device.type == "cuda" else _package_counters(powercap)
 
 
 def _package_counters(powercap: Path) -> list[_Counter]:
@@ -131,14 +134,16 @@ def _package_counters(powercap: Path) -> list[_Counter]:
     return counters
 
 
-def _gpu_counters(device: torch.device) -> list[_Counter]:
+def _gpu_counters(device: torch.device, ranks: int) -> list[_Counter]:
     if not torch.cuda.is_available():
         raise _Unavailable("no CUDA device")
     try:
         nvml = importlib.import_module("pynvml")
     except ModuleNotFoundError:
         raise _Unavailable("pynvml is not installed: pip install nvidia-ml-py") from None
-    indices = range(torch.cuda.device_count()) if device.index is None else [device.index]
+    indices = list(range(torch.cuda.device_count())) if device.index is None else [device.index]
+    if ranks > 1:
+        indices = list(range(ranks))
     try:
         nvml.nvmlInit()
         counters = []

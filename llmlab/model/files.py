@@ -128,12 +128,15 @@ class WeightFile:
             return list(opened.get_slice(name).get_shape())
 
     def read(self, name: str, part: tuple[slice, ...] = ()) -> torch.Tensor:
-        """A tensor, or a part of it, in memory of its own; a .safetensors file is open for it alone."""
+        """A tensor, or a part of it in memory of its own; a .safetensors file is open for it alone."""
         if self._tensors is not None:
             return self._tensors[name][part].clone(memory_format=torch.contiguous_format)
         with safe_open(self.path, framework="pt") as opened:
-            tensor: torch.Tensor = opened.get_slice(name)[part] if part else opened.get_tensor(name)
-        return tensor.contiguous()  # a view would keep the whole tensor in memory, and slow kernels down
+            if part:  # a view would keep the whole tensor in memory, and slow kernels down
+                whole: torch.Tensor = opened.get_slice(name)[part]
+                return whole.clone(memory_format=torch.contiguous_format)
+            tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
 
 
 def _unpickled(path: Path) -> dict[str, torch.Tensor]:

@@ -120,9 +120,15 @@ def model_card(name: str, *, dtype: str = "fp16") -> ModelCard:
     return card_from_config(config, name, dtype)
 
 
-def _check_options(source: Source, bitsandbytes: str | None, layers: int | None) -> None:
-    if layers is not None and (source.kind != "random" or layers < 1):
+def check_layers(source: Source, layers: int) -> None:
+    """Raise InputError if a model cannot have so many layers."""
+    if source.kind != "random" or layers < 1:
         raise InputError(f"layers={layers}: a positive number of layers can be kept of random:SHAPE models only.")
+
+
+def _check_options(source: Source, bitsandbytes: str | None, layers: int | None) -> None:
+    if layers is not None:
+        check_layers(source, layers)
     if bitsandbytes is None:
         return
     if bitsandbytes not in BITSANDBYTES:

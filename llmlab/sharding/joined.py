@@ -8,13 +8,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Concatenate, ParamSpec, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from llmlab.base.errors import InputError
 from llmlab.sharding.launch import check_world, gather, join_check
-from llmlab.sharding.rank import Rank
+from llmlab.sharding.rank import BACKENDS, Rank, own_device
 
 # What torchrun sets for each process. Its run's id tells it from a torch.distributed cell that set the others by hand.
 TORCHRUN = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
@@ -52,13 +51,12 @@ class Joined:
 
     def __init__(self, device: str | None = None, timeout: float = 600) -> None:
         self.size = int(os.environ["WORLD_SIZE"])
-        local = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = check_world(int(os.environ.get("LOCAL_WORLD_SIZE", self.size)), device)
         self.index = int(os.environ["RANK"])
-        on_gpu = self.device == "cuda"
-        self.rank = Rank(self.index, self.size, torch.device("cuda", local) if on_gpu else torch.device("cpu"))
+        own = own_device(self.device, int(os.environ["LOCAL_RANK"]))
+        self.rank = Rank(self.index, self.size, own, timeout=timeout)
         if not dist.is_initialized():
-            _meet("nccl" if on_gpu else "gloo", timeout)
+            _meet(BACKENDS[self.device], timeout)
         self.run(join_check)
 
     def run(self, function: Callable[Concatenate[Rank, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:

@@ -28,7 +28,7 @@ from llmlab.base.errors import InputError, RankError
 from llmlab.base.progress import progress
 from llmlab.kernels.cuda import advice, nvidia, usable
 from llmlab.model.lm import check_device
-from llmlab.sharding.rank import Rank
+from llmlab.sharding.rank import Rank, give_back
 
 GRACE = 3.0  # seconds to wait for the other ranks' reports when one fails, and for all to leave at the end
 P = ParamSpec("P")
@@ -55,6 +55,7 @@ class Ranks:
     def __init__(self, size: int, *, device: str | None = None, port: int = 0, timeout: float = 600) -> None:
         self.size, self.device, self.index = size, check_world(size, device), 0
         self.closed = False
+        give_back()  # ranks work on this process's GPU, too
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
         self._said: list[deque[str]] = []

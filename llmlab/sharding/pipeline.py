@@ -9,9 +9,9 @@ works and the others wait. `stream` sends many batches through: while stage 1 co
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from llmlab.base.errors import InputError
 from llmlab.model.lm import decoder_layers
+from llmlab.sharding.busy import Busy
 from llmlab.sharding.peers import Peers, Wait
 
 if TYPE_CHECKING:
@@ -37,14 +38,14 @@ class Stage:
         peers: the stages of this pipeline.
         hidden_states: what this stage received, and then what it sends.
         output: of the family's forward pass here.
-        busy: (start, end) of each computation, seconds on this machine's monotonic clock.
+        busy: takes the time of each computation, on the last stage with what becomes of the logits; None: nobody does.
         bytes_sent: of hidden states, logits and all-reduces of layers.
     """
 
     peers: Peers
     hidden_states: torch.Tensor | None = None
     output: ModelOutput | None = None
-    busy: list[tuple[float, float]] = field(default_factory=list)
+    busy: Busy | None = None
     bytes_sent: int = 0
 
     @property
@@ -177,6 +178,11 @@ def stream(
     Every rank of the pipeline calls it with the same batches. Receives are posted one batch ahead and sends are not
     waited for until IN_FLIGHT of them are on their way, so that transfers overlap computation.
 
+    NCCL carries out what two ranks send one another, in both directions, in the order in which each of them posts it.
+    In the naive schedule the first stage's next send hangs on a word of the last one, so nothing is posted ahead of it:
+    between two stages that word would wait behind the receive of a batch which waits for that word. For the same reason
+    nothing here waits for a whole GPU (`torch.cuda.synchronize`), receives that were posted ahead among it.
+
     Args:
         model: prepared by `attach`.
         stage: this rank's.
@@ -187,18 +193,21 @@ def stream(
     naive = naive and stage.size > 1
     peers = stage.peers
     sending: list[Wait] = []
-    coming = _receive(model, stage, batches[:1])
+    coming = None if naive else _receive(model, stage, batches[:1])
     for number, batch in enumerate(batches):
-        if naive and number and stage.first:
-            peers.receive(_empty(model, 1), stage.size - 1)()
+        if naive:
+            if number and stage.first:
+                peers.receive(_empty(model, 1), stage.size - 1)()
+            coming = _receive(model, stage, [batch])
         if coming is not None:
             wait, stage.hidden_states = coming
             wait()
-            coming = _receive(model, stage, batches[number + 1 : number + 2])
-        output = _compute(model, stage, batch)
+            coming = None if naive else _receive(model, stage, batches[number + 1 : number + 2])
+        with stage.busy.working() if stage.busy else nullcontext():
+            output = _compute(model, stage, batch)
+            if stage.last:
+                finish(number, output)
         if stage.last:
-            finish(number, output)
-            stage.busy[-1] = (stage.busy[-1][0], time.monotonic())  # what becomes of the logits is work, too
             if naive and number + 1 < len(batches):
                 peers.send(_empty(model, 1), 0)()  # the word that a batch has left
             continue
@@ -220,15 +229,11 @@ def _receive(model: PreTrainedModel, stage: Stage, batches: list[Batch]) -> tupl
 
 def _compute(model: PreTrainedModel, stage: Stage, batch: Batch) -> torch.Tensor:
     """This stage's share: hidden states [batch, tokens, hidden]; on the last stage logits [batch, kept, vocabulary]."""
-    begin = time.monotonic()
     stage.output = type(model).forward(model, **batch)
     output: torch.Tensor = stage.output.logits
     if not stage.last:
         assert stage.hidden_states is not None
         output = stage.hidden_states.to(_stream_dtype(model))
-    if output.is_cuda:
-        torch.cuda.synchronize()
-    stage.busy.append((begin, time.monotonic()))
     return output.contiguous()
 
 

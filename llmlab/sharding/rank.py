@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import operator
 import os
@@ -17,7 +18,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
+from llmlab.base.clock import synchronize
 from llmlab.base.errors import InputError
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
 @dataclass
@@ -29,6 +33,8 @@ class Rank:
         size: number of ranks.
         device: where this rank computes.
         kept: what is kept between calls, such as a loaded shard.
+        timeout: seconds that a collective operation may wait.
+        groups: of this rank in its layout.
     """
 
     index: int
@@ -36,6 +42,24 @@ class Rank:
     device: torch.device
     kept: dict[str, object] = field(default_factory=dict)
     connection: Connection | None = None
+    timeout: float = 600
+    groups: list[dist.ProcessGroup] = field(default_factory=list)
+
+    def join(self, rows: list[list[int]]) -> dist.ProcessGroup:
+        """This rank's group where ranks meet in such rows; all ranks call it with the same ones."""
+        groups = [dist.new_group(row, timeout=timedelta(seconds=self.timeout)) for row in rows]
+        own: dist.ProcessGroup = next(group for group, row in zip(groups, rows, strict=True) if self.index in row)
+        self.groups.append(own)
+        return own
+
+    def let_go(self) -> None:
+        """Free what is kept, and the groups of the layout it was kept for: before another one, so by all ranks."""
+        synchronize()
+        self.kept.clear()
+        give_back()
+        for group in self.groups:
+            dist.destroy_process_group(group)
+        self.groups.clear()
 
     def progress(self, done: int, total: int, what: str, unit: str) -> None:
         """Move the caller's progress bar; one rank of all should do it."""
@@ -43,20 +67,34 @@ class Rank:
             self.connection.send(("progress", done, total, what, unit))
 
 
+def own_device(kind: str, index: int) -> torch.device:
+    """The device of a rank, number `index` on its machine; a GPU becomes the current one, on which NCCL talks."""
+    if kind != "cuda":
+        return torch.device("cpu")
+    own = torch.device("cuda", index)
+    torch.cuda.set_device(own)
+    return own
+
+
+def give_back() -> None:
+    """Free what nobody refers to any more, and let other processes have its GPU memory.
+
+    A rank's part of a model refers to itself (its forward pass is bound to it), so it needs the collector.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def join(index: int, size: int, device: str, port: int, timeout: float, connection: Connection | None = None) -> Rank:
     """Meet the other ranks at the parent's store."""
-    on_gpu = device == "cuda"
-    own = torch.device("cuda", index) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(own)
-    else:
+    own = own_device(device, index)
+    if own.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // size))
     patience = timedelta(seconds=timeout)
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=patience)
-    backend = "nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, store=store, rank=index, world_size=size, timeout=patience)
-    return Rank(index, size, own, connection=connection)
+    dist.init_process_group(BACKENDS[own.type], store=store, rank=index, world_size=size, timeout=patience)
+    return Rank(index, size, own, connection=connection, timeout=timeout)
 
 
 def _leave_with_parent(parent: int) -> None:
@@ -82,6 +120,8 @@ def main() -> None:
             connection.send(("input", time.monotonic(), str(error)))
         except Exception:
             connection.send(("error", time.monotonic(), traceback.format_exc()))
+    if rank is not None:
+        dist.destroy_process_group()
     os._exit(0)  # no waiting for peers that may be gone
 
 
