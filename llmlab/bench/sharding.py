@@ -188,12 +188,16 @@ def time_reduce(rank: Rank, hidden_size: int, intermediate_size: int, rounds: in
 
     def run(reduce: bool) -> float:
         dist.barrier()
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
         begin = time.perf_counter()
         for weight in weights:
             torch.nn.functional.linear(x, weight)
             if reduce:
                 dist.all_reduce(x, group=group)
                 x.mul_(0.5)  # the sum of two halves stays of a size
+        if x.is_cuda:  # until the work is done, not until it is launched
+            torch.cuda.synchronize(x.device)
         return (time.perf_counter() - begin) / rounds
 
     run(True)

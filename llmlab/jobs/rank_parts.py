@@ -109,7 +109,7 @@ def score_part(
     totals = Totals(sequences, lm.dtype)
 
     def finish(number: int, logits: torch.Tensor) -> None:
-        totals.add(batches[number], logits[0])
+        totals.add(batches[number], logits)
         if shard.answers and shard.data == 0:
             rank.progress(number + 1, len(batches), f"scoring, {job.cuts.name}", "pass")
 

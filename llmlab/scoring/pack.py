@@ -18,9 +18,11 @@ import torch
 from llmlab.base.paths import cache_folder, remember
 from llmlab.kernels.fast import machine
 from llmlab.model.lm import LM
+from llmlab.scoring.attention import Sight
 from llmlab.scoring.trie import Trie
 
-LOGIT_BYTES = 256 * 2**20  # the logits of a pass never take more
+LOGIT_BYTES = 256 * 2**20  # of fp32 logits at once, at least
+LOGIT_SHARE = 8  # of a GPU's free memory logits may take one part in so many
 CPU_BUDGETS = (256, 512, 1024, 2048)
 GPU_BUDGETS = (2048, 4096, 8192, 16384)
 ROUNDS = 2  # measured passes of each candidate, after one warm-up pass
@@ -77,17 +79,23 @@ def profile(lm: LM) -> Profile:
     return Profile(path, GPU_BUDGETS if on_gpu else CPU_BUDGETS, rates, warm=bool(rates))
 
 
-def take(waiting: list[Trie], budget: int, vocab_size: int) -> list[Trie]:
-    """Remove the next pass from the end of a list: tries of together at most `budget` nodes, but at least one.
-
-    Fewer if their fp32 logits would pass LOGIT_BYTES.
-    """
-    taken: list[Trie] = []
-    nodes = asked = 0
-    while waiting:
-        nodes += len(waiting[-1])
-        asked += waiting[-1].asked
-        if taken and (nodes > budget or asked * vocab_size * 4 > LOGIT_BYTES):
+def take(waiting: list[Trie], budget: int, sight: type[Sight]) -> list[Trie]:
+    """Remove the next pass from the end of a list: tries in a row of at most `budget` places, but at least one."""
+    lengths: list[int] = []
+    while len(lengths) < len(waiting):
+        longer = [*lengths, len(waiting[-1 - len(lengths)])]
+        if lengths and sight.places(longer)[-1] > budget:
             break
-        taken.append(waiting.pop())
+        lengths = longer
+    taken = waiting[: -len(lengths) - 1 : -1]
+    del waiting[-len(lengths) :]
     return taken
+
+
+def head_rows(device: torch.device, vocab_size: int) -> int:
+    """At how many positions the output head works at once: as many as there is memory for their fp32 logits."""
+    room = LOGIT_BYTES
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, and free
+        room = max(room, (torch.cuda.mem_get_info(device)[0] + cached) // LOGIT_SHARE)
+    return max(1, room // (4 * vocab_size))
