@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_selfcheck import SHARED, SIZES, definition, sequences, tiny_lm
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import llmlab
 from llmlab.bench.challenge import synthetic_sequences
@@ -15,6 +15,7 @@ from llmlab.scoring import attention, shared
 from llmlab.scoring.one_call import Flex, Slots
 from llmlab.scoring.pack import take
 from llmlab.scoring.trie import question_tries
+from llmlab.sharding import costs
 
 UNCAPPED = {name: config for name, config in SHARED.items() if name not in ("soft-caps", "sinks")}  # Flex leaves them
 
@@ -70,45 +71,80 @@ def test_the_head_works_part_by_part_behind_layers_that_run_once(tiny, monkeypat
 
 
 class Launches(TorchDispatchMode):
-    """Counts what is dispatched and is no view: on a GPU a kernel each."""
+    """Counts what is dispatched and is no view, on a GPU a kernel each, and what all but matmuls read and write."""
 
     def __init__(self):
         super().__init__()
-        self.names = []
+        self.names, self.bytes = [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
-        written = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, torch.Tensor)]
-        fresh = any(x.untyped_storage()._cdata not in given for x in written)
-        if fresh or func._schema.is_mutable:
+        read, written = tensors(args), tensors([result])
+        given = {x.untyped_storage()._cdata for x in read}
+        if func._schema.is_mutable or any(x.untyped_storage()._cdata not in given for x in written):
             self.names.append(str(func))
+            if not any(name in str(func) for name in ("linear", "matmul", "scaled_dot_product")):
+                self.bytes += sum(x.nbytes for x in [*read, *written] if 0 not in x.stride())
         return result
 
 
-def launches(config, questions, monkeypatch):
-    """The kernels of a pass over so many questions, on torch's meta device: shapes of the GPU path, no memory."""
+def tensors(values):
+    flat = (x for value in values for x in (value if isinstance(value, tuple | list) else [value]))
+    return [x for x in flat if isinstance(x, torch.Tensor)]
+
+
+def on_meta(layers, kv_heads=16, attention="sdpa"):
+    """A LLaMA on torch's meta device: shapes of the GPU path, no memory."""
+    sizes = SIZES | {"num_key_value_heads": kv_heads, "num_hidden_layers": layers}
+    sizes |= {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.half, attn_implementation=attention)
+
+
+def scored(monkeypatch, layers, questions, kv_heads=16):
+    """What a pass over so many questions dispatches, and its tokens."""
     # Numbers, by which an RMSNorm is found to be torch's, are not there.
     monkeypatch.setattr(attention, "rms_norm", lambda norm: FewOpsRMSNorm(norm.weight, norm.variance_epsilon))
-    with torch.device("meta"):
-        model = tiny_lm(config).model.half()
-    lm = LM(model, None, llmlab.model_card("llama-30b"), "random")
-    rows = synthetic_sequences(questions, config.vocab_size)
-    counted = Launches()
+    lm = LM(on_meta(layers, kv_heads), None, llmlab.model_card("llama-30b"), "random")
     with torch.inference_mode(), attention.tries_attend(lm):
-        batch = shared.in_a_row(lm, question_tries(rows), shared.sight_of(lm))
-        with counted:
+        batch = shared.in_a_row(lm, question_tries(synthetic_sequences(questions, 512)), shared.sight_of(lm))
+        with Launches() as counted:
             lm.model(**batch.model)
-    return counted.names
+    return counted, batch.nodes + batch.padding
 
 
-@pytest.mark.parametrize(("kv_heads", "most"), [(4, 25), (2, 27)])  # grouped heads: keys and values are repeated
+@pytest.mark.parametrize(("kv_heads", "most"), [(16, 25), (4, 27)])  # grouped heads: keys and values are repeated
 def test_kernels_a_layer_do_not_grow_with_the_tries(monkeypatch, kv_heads, most):
-    sizes = SIZES | {"num_key_value_heads": kv_heads}
-    two, three, many = (
-        launches(LlamaConfig(**sizes | {"num_hidden_layers": layers}), questions, monkeypatch)
-        for layers, questions in ((2, 5), (3, 5), (2, 40))
+    (two, _), (three, _), (many, _) = (scored(monkeypatch, *sizes, kv_heads) for sizes in ((2, 5), (3, 5), (2, 40)))
+    assert len(many.names) == len(two.names)
+    assert len(three.names) - len(two.names) <= most
+    assert three.names.count("aten.scaled_dot_product_attention.default") == 3
+
+
+def test_the_planner_counts_the_kernels_that_run(monkeypatch):
+    (two, tokens), (three, _) = (scored(monkeypatch, layers, 8) for layers in (2, 3))
+    assert len(three.names) - len(two.names) == costs.FUSED.launches
+    # One kernel of attention reads q, k and v and writes as much: 4 of `hidden`.
+    assert (three.bytes - two.bytes) / tokens == pytest.approx(
+        2 * ((costs.FUSED.hidden - 4) * 1024 + 5 * 3072), rel=0.02
     )
-    assert len(many) == len(two)
-    assert len(three) - len(two) <= most
-    assert three.count("aten.scaled_dot_product_attention.default") == 3
+
+
+@pytest.mark.parametrize(("kernels", "name"), [(costs.FAMILY, "sdpa"), (costs.EAGER, "eager")])
+def test_the_planner_counts_transformers_own_kernels(kernels, name):
+    rows, length, runs = 4, 64, []
+    ids, mask = torch.zeros(rows, length, dtype=torch.long), torch.zeros(rows, 1, length, length, dtype=torch.half)
+    given = {"input_ids": ids.to("meta"), "attention_mask": mask.to("meta"), "position_ids": ids.to("meta")}
+    for layers in (2, 3):
+        model = on_meta(layers, attention=name)
+        with torch.inference_mode(), Launches() as counted:
+            model(**given, use_cache=False)
+        runs.append(counted)
+    assert len(runs[1].names) - len(runs[0].names) == kernels.launches
+    # The matmuls of eager attention, which are not counted, write and read the scores once more.
+    values = (
+        (kernels.hidden - 4) * 1024
+        + kernels.intermediate * 3072
+        + (kernels.scores and kernels.scores - 2) * 16 * length
+    )
+    assert (runs[1].bytes - runs[0].bytes) / (rows * length) == pytest.approx(2 * values, rel=0.02)
