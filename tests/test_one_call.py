@@ -1,5 +1,7 @@
 """What GPUs run when they score: attention in one call a layer, the head part by part, few kernels a layer."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_selfcheck import SHARED, SIZES, definition, sequences, tiny_lm
@@ -13,7 +15,7 @@ from llmlab.model import selfcheck
 from llmlab.model.lm import LM
 from llmlab.scoring import attention, shared
 from llmlab.scoring.one_call import Flex, Slots
-from llmlab.scoring.pack import take
+from llmlab.scoring.pack import GPU_BUDGETS, Profile, fitting, take
 from llmlab.scoring.trie import question_tries
 from llmlab.sharding import costs
 
@@ -53,6 +55,14 @@ def test_fillers_of_slots_are_counted_as_padding(monkeypatch):
     waiting = sorted(question_tries(rows), key=len)
     assert len(take(waiting, 2 * max(lengths) - 1, Slots)) == 1
     assert len(waiting) == len(lengths) - 1
+
+
+def test_passes_that_would_not_fit_a_gpu_are_not_tried():
+    card = llmlab.model_card("llama-7b")
+    assert fitting(card, 40 * 2**30) == GPU_BUDGETS
+    assert fitting(card, 3 * 2**29) == (2048, 4096)  # of a T4 that holds the weights in fp16
+    assert fitting(card, 0) == (2048,)
+    assert Profile(Path("none"), (2048,)).budget() == 2048
 
 
 @pytest.mark.parametrize("rows", [1, 7, 10**6])

@@ -17,6 +17,7 @@ import torch
 
 from llmlab.base.paths import cache_folder, remember
 from llmlab.kernels.fast import machine
+from llmlab.model.card import ModelCard
 from llmlab.model.lm import LM
 from llmlab.scoring.attention import Sight
 from llmlab.scoring.trie import Trie
@@ -51,7 +52,7 @@ class Profile:
     def budget(self) -> int:
         """The next candidate to measure, or the fastest one when all are measured."""
         if not self.warm:
-            return self.budgets[1]
+            return self.budgets[:2][-1]
         if self.complete:
             return max(self.budgets, key=lambda b: statistics.median(self.rates[b]))
         return min(self.budgets, key=lambda b: len(self.rates.get(b, [])))
@@ -76,7 +77,21 @@ def profile(lm: LM) -> Profile:
         rates = {int(b): list(map(float, r)) for b, r in json.loads(path.read_text()).items()}
     except (OSError, ValueError):  # never measured, or not ours: measure
         rates = {}
-    return Profile(path, GPU_BUDGETS if on_gpu else CPU_BUDGETS, rates, warm=bool(rates))
+    budgets = fitting(lm.card, free_bytes(lm.device)) if on_gpu else CPU_BUDGETS
+    return Profile(path, budgets, rates, warm=bool(rates))
+
+
+def fitting(card: ModelCard, free: int) -> tuple[int, ...]:
+    """The GPU_BUDGETS whose passes take at most half of the free memory; at least the smallest one."""
+    # Of a node in a layer: the MLP's three widest tensors, and at most ten of the hidden width, at 16 bits.
+    node = 2 * (3 * card.intermediate_size + 10 * card.hidden_size)
+    return tuple(b for b in GPU_BUDGETS if b * node <= free // 2) or GPU_BUDGETS[:1]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that nobody uses, and what torch keeps for itself without a use."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def take(waiting: list[Trie], budget: int, sight: type[Sight]) -> list[Trie]:
@@ -96,6 +111,5 @@ def head_rows(device: torch.device, vocab_size: int) -> int:
     """At how many positions the output head works at once: as many as there is memory for their fp32 logits."""
     room = LOGIT_BYTES
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, and free
-        room = max(room, (torch.cuda.mem_get_info(device)[0] + cached) // LOGIT_SHARE)
+        room = max(room, free_bytes(device) // LOGIT_SHARE)
     return max(1, room // (4 * vocab_size))
