@@ -46,6 +46,17 @@ def test_what_flex_does_not_serve_is_found_by_its_check():
     assert "FlexAttention with capped scores or sinks" in outcome.reason
 
 
+def test_a_copy_on_cpu_is_checked_with_the_slots_of_gpus_that_are_here(monkeypatch, tmp_path):
+    lm = tiny_lm(SHARED["a window in all layers"])
+    monkeypatch.setattr(Slots, "under", lambda self, _: self.ends.new_zeros(1, 1, 1, 1).float())  # all see all
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert shared.trie_check(lm).passed
+    monkeypatch.setattr(selfcheck, "_outcomes", {})
+    monkeypatch.setenv("LLMLAB_CACHE", str(tmp_path / "another"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "differs from the plain forward pass" in shared.trie_check(lm).reason
+
+
 def test_fillers_of_slots_are_counted_as_padding(monkeypatch):
     monkeypatch.setattr(shared, "sight_of", lambda _: Slots)
     lm, rows = tiny_lm(LlamaConfig(**SIZES)), sequences()

@@ -73,6 +73,7 @@ class ScoredPart:
         busy: (start, end) of each computation, seconds after the common start.
         bytes_sent: by the pipeline.
         weight_bytes: of this rank's part of the model.
+        padding: places beside the replica's nodes that were computed for nothing.
     """
 
     method: str
@@ -84,6 +85,7 @@ class ScoredPart:
     busy: list[tuple[float, float]]
     bytes_sent: int
     weight_bytes: int
+    padding: int = 0
 
 
 @torch.inference_mode()
@@ -129,6 +131,7 @@ def score_part(
         busy=[(start - begin, end - begin) for start, end in stage.busy],
         bytes_sent=stage.bytes_sent,
         weight_bytes=shard.weight_bytes,
+        padding=totals.padding,
     )
 
 

@@ -78,8 +78,11 @@ def serves(lm: LM, sequences: list[Sequence]) -> bool:
 
 
 def trie_check(lm: LM) -> Check:
-    """Tries of the probe in a row, against the plain forward pass."""
-    return _check(lm, TRIES, sight_of(lm))
+    """Tries of the probe in a row, against the plain forward pass.
+
+    Where GPUs are, a model on CPU is checked with their slots, too: a small copy speaks for the ranks that work there.
+    """
+    return _check(lm, TRIES, sight_of(lm), *([Slots] if lm.device.type == "cpu" and torch.cuda.is_available() else []))
 
 
 def sight_of(lm: LM) -> type[Sight]:
@@ -93,12 +96,12 @@ def sight_of(lm: LM) -> type[Sight]:
     return Flex if flexible and _check(lm, FLEX, Flex).passed else Slots
 
 
-def _check(lm: LM, path: str, sight: type[Sight]) -> Check:
+def _check(lm: LM, path: str, *sights: type[Sight]) -> Check:
     short, long = sorted(probe(lm), key=len)
     # Every position is asked for: the whole row is an ending, but for its first token.
     sequences = [Sequence(*at, [*ids, 0], 1) for at, ids in (((0, 0), short), ((1, 0), long), ((1, 1), short))]
 
-    def fast() -> torch.Tensor:
+    def in_order(sight: type[Sight]) -> torch.Tensor:
         with tries_attend(lm), fastest_matmuls(lm.model):
             batch = in_a_row(lm, question_tries(sequences), sight)
             logits = torch.cat(list(_logits(lm, batch, rows=len(long))))
@@ -107,9 +110,9 @@ def _check(lm: LM, path: str, sight: type[Sight]) -> Check:
 
     def plain() -> torch.Tensor:
         logits = plain_logits(lm)
-        return torch.cat([logits, logits[-len(short) :]])
+        return torch.cat([logits, logits[-len(short) :]] * len(sights))
 
-    return check(lm, path, fast, plain)
+    return check(lm, path, lambda: torch.cat([in_order(sight) for sight in sights]), plain)
 
 
 @torch.inference_mode()
