@@ -19,7 +19,7 @@ from llmlab.cli.options import BatchSize, Data, Limit, Loading, Payload, add_ver
 from llmlab.cli.terminal import console, doctor_table, make_table, print_line
 
 INTERRUPTED = 128 + signal.SIGINT  # the status that shells give
-MOST_ROWS = 24  # of a plan's table on the terminal
+MOST_ROWS = 16  # of a plan's table on the terminal
 
 
 def score(
@@ -151,7 +151,10 @@ def plan(
     plans = [llmlab.plan(card, bits=b, **asdict(cluster)) for b in ([16, 4] if bits is None else [bits])]
     print_line(card)
     for result in plans:
-        rows, best = result.table().round(2).to_dict("records"), result.layouts[0]
+        table, best = result.table(), result.layouts[0]
+        if result.assumptions:  # a terminal has no room for both
+            table = table.drop(columns=["weights", "KV cache", "activations", "reserve", "GB moved"])
+        rows = table.round(2).to_dict("records")
         styles = ["" if row["verdict"] == "fits" else "dim" for row in rows]
         more = f"; {len(rows) - MOST_ROWS} more layouts in --json" if len(rows) > MOST_ROWS else ""
         caption = f"GiB on the fullest device{more}"

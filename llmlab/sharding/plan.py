@@ -96,7 +96,7 @@ class Plan:
             row |= {part: getattr(layout, part) / 2**30 for part in parts}
             if self.assumptions:
                 costs = layout.predicted
-                row["seconds"] = costs.seconds if costs else ""
+                row["seconds"] = round(costs.seconds, 4) if costs else ""
                 row["MFU"] = f"{costs.mfu:.0%}" if costs else ""
                 row["bubble"] = f"{costs.bubble:.1%}" if costs else ""
                 row["GB moved"] = costs.bytes_moved / 1e9 if costs else ""
