@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import llmlab
-from llmlab import InputError
+from llmlab import InputError, Metric
 from llmlab.bench.ablation import ablation
+from llmlab.bench.bill import bills
 from llmlab.bench.challenge import challenge, synthetic_sequences
 from llmlab.bench.decoders import Decoder
 from llmlab.bench.decoding import Unit, _difference, bench_decoding
@@ -19,7 +20,9 @@ from llmlab.bench.scoring import bench_scoring, best_batch_size, own_matmul_flop
 from llmlab.bench.sharding import bench_sharding
 from llmlab.data import ENDING_TOKENS, QUESTION_TOKENS
 from llmlab.decoding.writer import Run
+from llmlab.measure.energy import Energy
 from llmlab.measure.memory import peak_bytes
+from llmlab.measure.record import Measurement
 from llmlab.quantization.calibration import calibration_rows
 from llmlab.scoring.trie import question_tries
 from llmlab.sharding.cuts import Cuts
@@ -137,19 +140,43 @@ def test_challenge_from_the_command_line(monkeypatch, capsys, tmp_path):
 
     out = tmp_path / "out.json"
     arguments = ["challenge", "--data", "everyday", "--limit", "2", "--output", str(tmp_path), "--json", str(out)]
-    monkeypatch.setattr(sys, "argv", ["llmlab", *arguments])
+    monkeypatch.setattr(sys, "argv", ["llmlab", *arguments, "--price", "2"])
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code
-    assert "track exact" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "track exact" in said
+    assert "10,000,000 questions" in said and "2 an hour for each of 1" in said
     result = json.loads(out.read_text())
     assert result["n"] == 2
     assert result["track"] == "exact"
     assert result["seconds_total"] > result["seconds_inference"]
     assert {"acc", "acc_norm", "acc_norm_token", "record", "log_probs"} <= set(result)
+    here, many = result["bills"]
+    assert (here["questions"], many["questions"]) == (2, 10**7)
+    assert here["money"] == pytest.approx(2 * here["seconds"] / 3600)
     page = (tmp_path / "challenge.html").read_text()
     assert "2 of 10,042 questions" in page
     assert "seconds_total" in page
+
+
+def test_a_bill_is_measured_or_projected_and_says_which(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    values = {"seconds_total": Metric(36.0, "s"), "questions_per_second": Metric(4.0, "1/s")}
+    job = Measurement("challenge", values, 100, "as measured")
+    here, many = bills(job, Energy(7200.0, 35.9, "RAPL package-0"), cpu, price=3.0)
+    assert (here.seconds, here.kwh, here.money) == (36.0, 0.002, pytest.approx(0.03))
+    assert "measured: RAPL package-0" in here.how
+    assert (many.questions, many.seconds) == (10**7, 2.5e6)
+    assert many.kwh == pytest.approx(200 * 2.5e6 / 3.6e6)  # 200 W, as measured
+    assert "projected from this job's 4 questions/s" in str(many)
+    unread = Energy(None, 0.0, "no RAPL")
+    assert bills(job, unread, cpu)[0].kwh == pytest.approx(8 * 5 * 36 / 3.6e6)
+    assert "projected: 8 cores at work, 5 W each; no counter: no RAPL" in str(bills(job, unread, cpu)[0])
+    four = bills(job, unread, gpu, devices=4, price=3.0)[0]
+    assert four.kwh is None and "kWh unknown" in str(four)
+    assert four.money == pytest.approx(4 * 3 * 36 / 3600)
 
 
 def test_challenge_over_ranks_finds_the_same_answers(tiny_folders):
@@ -214,7 +241,7 @@ def test_bench_sharding_reports_what_it_promises(tiny_folders):
         assert row["seconds_measured"] > 0 and row["seconds_simulated"] > 0
         assert 0 <= row["bubble_simulated"] < 1 and 0 <= row["bubble_measured"] < 1
         assert (row["bytes_sent"] > 0) == ("data" not in row["layout"])
-    assert 200 < result["projected_seconds_v100x4"] < 372
+    assert 330 < result["projected_seconds_v100x4"] < 430
     assert measured.n == 8
     assert measured.values["speedup data 2"].value > 0
 

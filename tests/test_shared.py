@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 import llmlab
 from llmlab.scoring import reference, shared
-from llmlab.scoring.attention import ancestor_mask
+from llmlab.scoring.attention import TrieMasks, ancestor_mask
 from llmlab.scoring.encode import Sequence, encode
-from llmlab.scoring.pack import LOGIT_BYTES, profile, take
+from llmlab.scoring.pack import profile, take
 from llmlab.scoring.trie import build, question_tries
 
 
@@ -113,19 +113,17 @@ def test_the_example_of_the_trie_module():
     assert pairs == {(2, 4), (3, 5), (4, 6), (5, 7), (5, 8), (3, 9), (2, 10)}
 
 
-def test_passes_keep_to_their_budget_and_to_the_logits_memory(tiny, rows):
+def test_passes_keep_to_their_budget(tiny, rows):
     tries = question_tries(encode(tiny, rows[:12]))
     longest = max(map(len, tries))
     waiting = sorted(tries, key=len)
     taken = []
     while waiting:
-        batch = take(waiting, 300, tiny.card.vocab_size)
+        batch = take(waiting, 300, TrieMasks)
         assert sum(map(len, batch)) <= max(300, longest)
         taken += batch
     assert sorted(map(id, taken)) == sorted(map(id, tries))
     assert [len(t) for t in taken] == sorted((len(t) for t in tries), reverse=True)
-    # A vocabulary so large that the logits bind: one trie a pass.
-    assert len(take(sorted(tries, key=len), 10**6, vocab_size=LOGIT_BYTES)) == 1
     batches = list(shared.passes(tiny, tries, 300))
     assert sum(batch.nodes for batch in batches) == sum(map(len, tries))
     assert sorted(n for b in batches for _, _, n in b.scored) == sorted(n for t in tries for _, _, n in t.scored)

@@ -38,6 +38,14 @@ def test_links_and_shared_cores():
     assert 16 <= two.seconds <= 18
 
 
+def test_hops_between_nodes_take_the_network():
+    work = [[1.0] * 4]
+    assert simulate(tasks(work, "naive"), link=0.1, per_node=2, network=0.5).seconds == pytest.approx(
+        4 + 0.1 + 0.5 + 0.1
+    )
+    assert simulate(tasks(work, "naive"), link=0.1, per_node=4, network=0.5).seconds == pytest.approx(4 + 0.3)
+
+
 def test_order_is_kept():
     timeline = simulate(tasks(EVEN, "micro-batches"))
     for rank in range(4):

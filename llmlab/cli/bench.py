@@ -1,8 +1,9 @@
 """The command line's larger jobs: quantizing, the challenge, benchmarks."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
@@ -11,6 +12,9 @@ from llmlab.base.errors import InputError
 from llmlab.base.paths import check_writable, home
 from llmlab.cli.options import Data, Dtype, Limit, Payload, Place, Repeats, check_positive, finish, read_rows
 from llmlab.cli.terminal import console, make_table, print_line
+
+if TYPE_CHECKING:
+    from llmlab.measure.record import Measurement
 
 CalibrationRows = Annotated[int, Option(help="Calibration rows of 512 tokens.")]
 VARIANT = ("variant", "perplexity", "acc_norm", "kl_divergence", "bytes", "decode_tokens_per_s")
@@ -29,22 +33,38 @@ def challenge(
     devices: Annotated[int, Option(help="Score over N ranks: GPUs, or processes on CPU.")] = 1,
     dtype: Dtype = None,
     output: Annotated[Path | None, Option(help="Folder of the page; by default report/.")] = None,
+    price: Annotated[float | None, Option(help="Of a device an hour: states the money, too.")] = None,
 ) -> Payload:
-    """The 2023 challenge's job: the whole set, both timings, accuracy, a record and a one-page report."""
+    """The 2023 challenge's job: the whole set, both timings, accuracy, kWh, a record and a one-page report."""
+    import torch
+
+    from llmlab.bench.bill import bills
     from llmlab.bench.challenge import challenge as run
     from llmlab.data import FULL_SET
     from llmlab.lab.report.pages import write_challenge_page
+    from llmlab.measure.energy import measure_energy
+    from llmlab.model.lm import check_device
 
     folder = check_writable(output or home() / "report")
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit}: give a positive number of rows, or none for all.")
+    if price is not None and price < 0:
+        raise InputError(f"price {price}: give what a device costs an hour, not less than 0.")
     questions = None if place.model.startswith("random:") else read_rows(data, limit)
     n = limit or FULL_SET
-    lm, measured = run(questions=questions, limit=n, dtype=dtype, layers=layers, devices=devices, **asdict(place))
+    job = partial(run, questions=questions, limit=n, dtype=dtype, layers=layers, devices=devices, **asdict(place))
+    runs: list[tuple[llmlab.LM, Measurement]] = []
+    on = check_device(place.device)
+    counted = on if devices > 1 or on.type == "cpu" else torch.device("cuda", on.index or 0)
+    energy = measure_energy(lambda: runs.append(job()), counted)
+    lm, measured = runs[0]
+    costs = bills(measured, energy, on, devices, price)
     track = "exact" if lm.transformation == "none" else "open"
     payload = finish(f"challenge: {lm.name}, track {track}", lm, measured)
+    for cost in costs:
+        print_line(cost)
     print_line(f"report:   {write_challenge_page(payload['record'], folder)}")
-    return payload | {"track": track}
+    return payload | {"track": track, "bills": [cost.as_dict() for cost in costs]}
 
 
 @dataclass

@@ -19,6 +19,7 @@ from llmlab.cli.options import BatchSize, Data, Limit, Loading, Payload, add_ver
 from llmlab.cli.terminal import console, doctor_table, make_table, print_line
 
 INTERRUPTED = 128 + signal.SIGINT  # the status that shells give
+MOST_ROWS = 16  # of a plan's table on the terminal
 
 
 def score(
@@ -132,8 +133,12 @@ class Cluster:
     batch: Annotated[int, Option(help="Sequences that a replica holds at once.")] = 1
     context: Annotated[int | None, Option(help="Tokens of each; by default up to 2048.")] = None
     device: Annotated[str | None, Option(help="v100, a100, h100, h200, rtx4090 or cpu.")] = None
-    workload: Annotated[str | None, Option(help="hellaswag or decode: predicts seconds; with --device.")] = None
-    mfu: Annotated[float, Option(help="Share of its peak that a busy device reaches, at most 0.7.")] = 0.7
+    workload: Annotated[str | None, Option(help="hellaswag or decode: predicts seconds and kWh; with --device.")] = None
+    questions: Annotated[int, Option(help="How many, for hellaswag; by default its full set.")] = llmlab.data.FULL_SET
+    matmul: Annotated[float | None, Option(help="Share of its peak that large matmuls reach, if measured.")] = None
+    per_node: Annotated[int | None, Option(help="Devices of a node; by default all stand in one.")] = None
+    network: Annotated[str, Option(help="A second, one way, from a node to the others.")] = "25GB"
+    price: Annotated[float | None, Option(help="Of a device an hour: predicts the money, too.")] = None
 
 
 def plan(
@@ -146,11 +151,20 @@ def plan(
     plans = [llmlab.plan(card, bits=b, **asdict(cluster)) for b in ([16, 4] if bits is None else [bits])]
     print_line(card)
     for result in plans:
-        rows, best = result.table().round(2).to_dict("records"), result.layouts[0]
+        table, best = result.table(), result.layouts[0]
+        if result.assumptions:  # a terminal has no room for both
+            table = table.drop(columns=["weights", "KV cache", "activations", "reserve", "GB moved"])
+        rows = table.round(2).to_dict("records")
         styles = ["" if row["verdict"] == "fits" else "dim" for row in rows]
-        console.print(make_table(result.title, rows, caption="GiB on the fullest device", styles=styles))
+        more = f"; {len(rows) - MOST_ROWS} more layouts in --json" if len(rows) > MOST_ROWS else ""
+        caption = f"GiB on the fullest device{more}"
+        console.print(make_table(result.title, rows[:MOST_ROWS], caption=caption, styles=styles[:MOST_ROWS]))
         order = "fastest" if result.assumptions else "least communication"
         verdict = f"best: {best.name}" if best.fits else "nothing fits"
+        if costs := best.predicted:
+            verdict += f", {costs.seconds:,.4g} s and {costs.kwh:.3g} kWh, projected"
+            if cluster.price is not None:
+                verdict += f", {costs.price(cluster.devices, cluster.price):,.2f} at {cluster.price:g} a device an hour"
         print_line(f"{verdict} (usable layouts come first, {order} first)\n{result.assumptions}\n")
     return plans[0].as_dict() | {"plans": [result.as_dict() for result in plans]}
 

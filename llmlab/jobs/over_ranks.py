@@ -197,7 +197,9 @@ def gather_scores(
     log_probs = {number: value for part in parts for number, value in part.log_probs.items()}
     replicas = [part for part in parts if part.log_probs]
     nodes = [n for part in replicas for n in part.nodes]
-    work = Work(sum(nodes), len(nodes), asked=sum(part.asked for part in replicas))
+    padding = sum(part.padding for part in replicas)
+    asked = sum(part.asked for part in replicas)
+    work = Work(sum(nodes), len(nodes), asked, padding / (sum(nodes) + padding))
     return summarize(
         questions,
         sequences,

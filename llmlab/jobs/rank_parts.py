@@ -78,6 +78,7 @@ class ScoredPart:
         busy: (start, end) of each computation, seconds after the common start.
         bytes_sent: by the pipeline.
         weight_bytes: of this rank's part of the model.
+        padding: places beside the replica's nodes that were computed for nothing.
     """
 
     method: str
@@ -89,6 +90,7 @@ class ScoredPart:
     busy: list[tuple[float, float]]
     bytes_sent: int
     weight_bytes: int
+    padding: int = 0
 
 
 @torch.inference_mode()
@@ -114,7 +116,7 @@ def score_part(
     totals = Totals(sequences, lm.dtype)
 
     def finish(number: int, logits: torch.Tensor) -> None:
-        totals.add(batches[number], logits[0])
+        totals.add(batches[number], logits)
         if shard.answers and place.data == 0:
             rank.progress(number + 1, len(batches), f"scoring, {job.cuts.name}", "pass")
 
@@ -135,6 +137,7 @@ def score_part(
         busy=busy,
         bytes_sent=stage.bytes_sent,
         weight_bytes=shard.weight_bytes,
+        padding=totals.padding,
     )
 
 

@@ -60,7 +60,7 @@ def prepare(model: torch.nn.Module, dtype: torch.dtype, *, pack: bool = True) ->
             elif pack and type(child) is torch.nn.Linear and _widens(child):
                 setattr(parent, name, WidenedRows(child))
             elif child is not None and type(child).__name__.endswith("RMSNorm"):
-                setattr(parent, name, _rms_norm(child))
+                setattr(parent, name, rms_norm(child))
     laid_out = [module for module in model.modules() if isinstance(module, TwoWays)]
     if laid_out:
         rows = _rows_of_torch(laid_out)
@@ -252,7 +252,7 @@ class FewOpsRMSNorm(torch.nn.Module):
         return (wide * scale).to(x.dtype) * self.weight
 
 
-def _rms_norm(norm: torch.nn.Module) -> torch.nn.Module:
+def rms_norm(norm: torch.nn.Module) -> torch.nn.Module:
     """The RMSNorm of few operations if it computes what `norm` does (Gemma's, for one, adds 1 to the weights)."""
     eps = getattr(norm, "variance_epsilon", None)
     weight = getattr(norm, "weight", None)

@@ -73,7 +73,7 @@ def measure_bandwidth(device: torch.device, *, min_seconds: float = 0.5) -> Metr
     """
     columns, size = 4096, CPU_BYTES if device.type == "cpu" else GPU_BYTES
     rows = size // (4 * columns)
-    source = torch.ones(rows, columns, device=device)
+    source = torch.randn(rows, columns, device=device)
     target = torch.empty_like(source)
     product = _matmul((1, columns, rows), torch.float32, device)
     copy = partial(target.copy_, source)
@@ -82,8 +82,9 @@ def measure_bandwidth(device: torch.device, *, min_seconds: float = 0.5) -> Metr
 
 def _matmul(shape: Shape, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
     rows, inner, columns = shape
-    x = torch.ones(rows, inner, dtype=dtype, device=device)
-    weight = torch.ones(columns, inner, dtype=dtype, device=device)  # as nn.Linear stores it
+    # Random: a GPU multiplies equal numbers up to 15 % faster, as fewer bits flip and its clock stays higher.
+    x = torch.randn(rows, inner, dtype=dtype, device=device)
+    weight = torch.randn(columns, inner, dtype=dtype, device=device)  # as nn.Linear stores it
     return partial(torch.nn.functional.linear, x, weight)
 
 

@@ -1,19 +1,24 @@
 """Attention over a row of packed tries: every node sees its ancestors, tries do not see one another.
 
-The Linears of the model see all nodes as one row [1, nodes]; attention takes the tries one by one. So nothing is padded
-anywhere. What else limits a layer's sight (a sliding window, a chunk) transformers says as a rule of two positions. It
-is asked of the depths of two nodes here, so it holds along every path of a trie as along a plain sequence.
+The Linears of the model see all nodes as one row [1, nodes]; how attention takes them is the device's (`Sight`). On CPU
+it takes the tries one by one, so nothing is padded anywhere; on GPUs in one call a layer (see `one_call`). What else
+limits a layer's sight (a sliding window, a chunk) transformers says as a rule of two positions. It is asked of the
+depths of two nodes here, so it holds along every path of a trie as along a plain sequence.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
+from llmlab.kernels.fewrows import rms_norm
 from llmlab.kernels.plain import slow_on_cpu
 from llmlab.model.lm import LM
 from llmlab.scoring.trie import Trie
@@ -44,10 +49,44 @@ def ancestor_mask(trie: Trie, dtype: torch.dtype, device: torch.device) -> torch
     return torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill(~sees, float("-inf"))
 
 
-class TrieMasks:
-    """The masks of a pass's tries, under each rule that a layer has; made once a pass."""
+@dataclass(frozen=True)
+class Asked:
+    """What a layer asks of attention: softmax(cap(q k^T scale)) v.
+
+    Attributes:
+        scale: of the scores.
+        softcap: scores are capped at +-softcap (Gemma 2).
+        sinks: [heads], scores of a place that holds nothing (gpt-oss).
+    """
+
+    scale: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+class Sight(ABC):
+    """Who sees whom in a pass's row of tries, and the attention that follows from it."""
 
     def __init__(self, tries: list[Trie], dtype: torch.dtype, device: torch.device) -> None:
+        self.tries, self.dtype, self.device = tries, dtype, device
+
+    @staticmethod
+    def places(lengths: list[int]) -> list[int]:
+        """Where each trie of a row begins, and where the row ends."""
+        return list(accumulate(lengths, initial=0))
+
+    @abstractmethod
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule, asked: Asked
+    ) -> torch.Tensor:
+        """[1, heads, N, d] queries (keys, values: KV heads) to [1, N, heads, d]; `rule` as in `TrieMasks.under`."""
+
+
+class TrieMasks(Sight):
+    """Trie by trie, for CPU: the masks of a pass's tries, under each rule that a layer has; made once a pass."""
+
+    def __init__(self, tries: list[Trie], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(tries, dtype, device)
         self.depths = [torch.tensor(trie.depths, device=device) for trie in tries]
         self.masks = {causal_mask_function: [ancestor_mask(trie, dtype, device) for trie in tries]}
 
@@ -60,6 +99,26 @@ class TrieMasks:
                 mask.masked_fill(~sees, float("-inf")) for mask, sees in zip(ancestors, allowed, strict=True)
             ]
         return self.masks[rule]
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule, asked: Asked
+    ) -> torch.Tensor:
+        """One call a trie."""
+        masks, dtype = self.under(rule), query.dtype
+        if query.device.type == "cpu" and slow_on_cpu(dtype):
+            query, key, value = query.float(), key.float(), value.float()
+            masks = [mask.float() for mask in masks]
+        # Without tensor cores torch's fused kernel is slower in bf16 than two plain matmuls, and not more precise.
+        plain = query.device.type == "cpu" and query.dtype == torch.bfloat16
+        fused = not plain and asked.softcap is None and asked.sinks is None
+        outputs, start = [], 0
+        for mask in masks:
+            part = slice(start, start + len(mask))
+            q, k, v = query[:, :, part], key[:, :, part], value[:, :, part]
+            output = _fused_attention(q, k, v, mask, asked.scale) if fused else matmul_attention(q, k, v, mask, asked)
+            outputs.append(output.transpose(1, 2))
+            start += len(mask)
+        return torch.cat(outputs, dim=1).to(dtype)
 
 
 def trie_rule(*, mask_function: Rule, use_vmap: bool = False, **_: object) -> Rule:
@@ -76,7 +135,7 @@ def trie_attention(
     value: torch.Tensor,
     attention_mask: Rule,
     *,
-    trie_masks: TrieMasks,
+    sight: Sight,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -84,34 +143,16 @@ def trie_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: [1, heads, N, d] queries (keys, values: KV heads) to [1, N, heads, d].
 
-    Scores are capped at +-`softcap` (Gemma 2); `s_aux` [heads] are sinks, scores of a place that holds nothing
-    (gpt-oss). A keyword that is not known and not neutral raises: what a model asks for is never left out.
+    `softcap` and `s_aux` are those of `Asked`. A keyword that is not known and not neutral raises: what a model asks
+    for is never left out.
     """
     for name, wanted in others.items():
         if name not in HARMLESS and (isinstance(wanted, torch.Tensor) or wanted):
             raise NotImplementedError(f"attention with {name} over tries")
     if not callable(attention_mask):
         raise NotImplementedError("attention over tries with a mask that is made elsewhere")
-    masks = trie_masks.under(attention_mask)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    dtype = query.dtype
-    if query.device.type == "cpu" and slow_on_cpu(dtype):
-        query, key, value = query.float(), key.float(), value.float()
-        masks = [mask.float() for mask in masks]
-    # Without tensor cores torch's fused kernel is slower in bf16 than two plain matmuls, and not more precise.
-    plain = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    fused = not plain and softcap is None and s_aux is None
-    outputs, start = [], 0
-    for mask in masks:
-        part = slice(start, start + len(mask))
-        q, k, v = query[:, :, part], key[:, :, part], value[:, :, part]
-        if fused:
-            output = _fused_attention(q, k, v, mask, scale)
-        else:
-            output = _matmul_attention(q, k, v, mask, scale, softcap, s_aux)
-        outputs.append(output.transpose(1, 2))
-        start += len(mask)
-    return torch.cat(outputs, dim=1).to(dtype), None
+    asked = Asked(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    return sight.attend(query, key, value, attention_mask, asked), None
 
 
 def _fused_attention(
@@ -121,25 +162,22 @@ def _fused_attention(
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
-def _matmul_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+def matmul_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, asked: Asked
 ) -> torch.Tensor:
-    """softmax(cap(q k^T scale) + mask) v, the query heads that share a KV head as rows of one matmul."""
-    (_, heads, n, d), kv_heads = q.shape, k.shape[1]
-    scores = torch.bmm(q.reshape(kv_heads, -1, d) * scale, k[0].transpose(1, 2)).view(heads, n, n)
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    """softmax(cap(q k^T scale) + mask) v: [batch, heads, n, d], the query heads of a KV head as rows of one matmul."""
+    (batch, heads, n, d), kv_heads = q.shape, k.shape[1]
+    keys, values = k.reshape(-1, n, d), v.reshape(-1, n, v.shape[-1])  # [batch x KV heads, n, d]
+    folded = q.reshape(batch * kv_heads, -1, d) * asked.scale
+    scores = torch.bmm(folded, keys.transpose(1, 2)).view(batch, heads, n, n)
+    if asked.softcap is not None:
+        scores = scores.div_(asked.softcap).tanh_().mul_(asked.softcap)
     scores = scores.add_(mask)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype).view(heads, 1, 1).expand(heads, n, 1)], dim=-1)
+    if asked.sinks is not None:
+        sinks = asked.sinks.to(scores.dtype).view(1, heads, 1, 1).expand(batch, heads, n, 1)
+        scores = torch.cat([scores, sinks], dim=-1)
     weights = scores.softmax(dim=-1)[..., :n]  # sums in fp32 inside the kernel
-    return torch.bmm(weights.reshape(kv_heads, -1, n), v[0]).view(1, heads, n, v.shape[-1])
+    return torch.bmm(weights.reshape(batch * kv_heads, -1, n), values).view(batch, heads, n, v.shape[-1])
 
 
 AttentionInterface.register(NAME, trie_attention)
@@ -148,15 +186,20 @@ AttentionMaskInterface.register(NAME, trie_rule)
 
 @contextmanager
 def tries_attend(lm: LM) -> Iterator[None]:
-    """Within the block the model's attention is `trie_attention`: every forward pass needs `trie_masks`."""
+    """Within the block the model's attention is `trie_attention`: every forward pass needs its `sight`.
+
+    Off the CPU an RMSNorm is one kernel there, where that gives its numbers: eight of torch's own would take turns.
+    """
     # Attention modules read their own `config`. Layers that were copied or streamed may hold one of their own, which
     # set_attn_implementation() does not reach; with its attention the tries would see one another, silently.
     configs = {id(module.config): module.config for module in lm.model.modules() if hasattr(module, "config")}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    for config in configs.values():
-        config._attn_implementation = NAME
-    try:
+    with ExitStack() as restored:
+        for config in configs.values():
+            restored.callback(setattr, config, "_attn_implementation", config._attn_implementation)
+            config._attn_implementation = NAME
+        for parent in list(lm.model.modules()) if lm.device.type != "cpu" else []:
+            for name, child in list(parent.named_children()):
+                if type(child).__name__.endswith("RMSNorm") and (fused := rms_norm(child)) is not child:
+                    restored.callback(setattr, parent, name, child)
+                    setattr(parent, name, fused)
         yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]

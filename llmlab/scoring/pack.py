@@ -17,10 +17,13 @@ import torch
 
 from llmlab.base.paths import cache_folder, remember
 from llmlab.kernels.fast import machine
+from llmlab.model.card import ModelCard
 from llmlab.model.lm import LM
+from llmlab.scoring.attention import Sight
 from llmlab.scoring.trie import Trie
 
-LOGIT_BYTES = 256 * 2**20  # the logits of a pass never take more
+LOGIT_BYTES = 256 * 2**20  # of fp32 logits at once, at least
+LOGIT_SHARE = 8  # of a GPU's free memory logits may take one part in so many
 CPU_BUDGETS = (256, 512, 1024, 2048)
 GPU_BUDGETS = (2048, 4096, 8192, 16384)
 ROUNDS = 2  # measured passes of each candidate, after one warm-up pass
@@ -49,7 +52,7 @@ class Profile:
     def budget(self) -> int:
         """The next candidate to measure, or the fastest one when all are measured."""
         if not self.warm:
-            return self.budgets[1]
+            return self.budgets[:2][-1]
         if self.complete:
             return max(self.budgets, key=lambda b: statistics.median(self.rates[b]))
         return min(self.budgets, key=lambda b: len(self.rates.get(b, [])))
@@ -74,20 +77,39 @@ def profile(lm: LM) -> Profile:
         rates = {int(b): list(map(float, r)) for b, r in json.loads(path.read_text()).items()}
     except (OSError, ValueError):  # never measured, or not ours: measure
         rates = {}
-    return Profile(path, GPU_BUDGETS if on_gpu else CPU_BUDGETS, rates, warm=bool(rates))
+    budgets = fitting(lm.card, free_bytes(lm.device)) if on_gpu else CPU_BUDGETS
+    return Profile(path, budgets, rates, warm=bool(rates))
 
 
-def take(waiting: list[Trie], budget: int, vocab_size: int) -> list[Trie]:
-    """Remove the next pass from the end of a list: tries of together at most `budget` nodes, but at least one.
+def fitting(card: ModelCard, free: int) -> tuple[int, ...]:
+    """The GPU_BUDGETS whose passes take at most half of the free memory; at least the smallest one."""
+    # Of a node in a layer: the MLP's three widest tensors, and at most ten of the hidden width, at 16 bits.
+    node = 2 * (3 * card.intermediate_size + 10 * card.hidden_size)
+    return tuple(b for b in GPU_BUDGETS if b * node <= free // 2) or GPU_BUDGETS[:1]
 
-    Fewer if their fp32 logits would pass LOGIT_BYTES.
-    """
-    taken: list[Trie] = []
-    nodes = asked = 0
-    while waiting:
-        nodes += len(waiting[-1])
-        asked += waiting[-1].asked
-        if taken and (nodes > budget or asked * vocab_size * 4 > LOGIT_BYTES):
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that nobody uses, and what torch keeps for itself without a use."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
+
+
+def take(waiting: list[Trie], budget: int, sight: type[Sight]) -> list[Trie]:
+    """Remove the next pass from the end of a list: tries in a row of at most `budget` places, but at least one."""
+    lengths: list[int] = []
+    while len(lengths) < len(waiting):
+        longer = [*lengths, len(waiting[-1 - len(lengths)])]
+        if lengths and sight.places(longer)[-1] > budget:
             break
-        taken.append(waiting.pop())
+        lengths = longer
+    taken = waiting[: -len(lengths) - 1 : -1]
+    del waiting[-len(lengths) :]
     return taken
+
+
+def head_rows(device: torch.device, vocab_size: int) -> int:
+    """At how many positions the output head works at once: as many as there is memory for their fp32 logits."""
+    room = LOGIT_BYTES
+    if device.type == "cuda":
+        room = max(room, free_bytes(device) // LOGIT_SHARE)
+    return max(1, room // (4 * vocab_size))

@@ -38,7 +38,7 @@ class ScoreResult:
         tokens: tokens that went through the model, padding left out.
         tokens_full: tokens of all contexts with all endings, as the reference path computes them.
         passes: forward passes.
-        padding: share of places computed for nothing by the reference path's batches; the shared path has none.
+        padding: share of places computed for nothing: in the reference path's batches, and in GPUs' slots of tries.
         seconds_inference: forward passes, from the first batch to the last result.
         seconds_total: the same with tokenization and metrics; loading the model is not in it.
         settings: how it was scored: `method`, `batch_size` of the reference path; over ranks their number, `layout` and

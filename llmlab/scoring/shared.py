@@ -1,9 +1,9 @@
 """Shared-prefix scoring: one forward pass over a row of tries instead of one sequence per ending. Exact.
 
     for batch in passes(lm, question_tries(sequences)):           # tries in a row, as many as fill a pass
-        totals.add(batch, lm.model(**batch.model).logits[0])      # adds log p(token) to each sequence it belongs to
+        totals.add(batch, lm.model(**batch.model).logits)         # adds log p(token) to each sequence it belongs to
 
-Against the plain path it saves the context of three endings in four and the first tokens that endings share, all
+Against the plain path it saves the context of three endings in four and the first tokens that endings share, nearly all
 padding, and the output head wherever nothing is asked for.
 """
 
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,14 +22,19 @@ from llmlab.kernels.plain import fastest_matmuls
 from llmlab.model.lm import LM
 from llmlab.model.selfcheck import Check, check, plain_logits, probe
 from llmlab.scoring import reference
-from llmlab.scoring.attention import TrieMasks, tries_attend
+from llmlab.scoring.attention import Sight, TrieMasks, tries_attend
 from llmlab.scoring.encode import Sequence
-from llmlab.scoring.pack import profile, take
+from llmlab.scoring.one_call import Flex, Slots
+from llmlab.scoring.pack import head_rows, profile, take
 from llmlab.scoring.scores import OnBatch, Scores, Work, check_finite
 from llmlab.scoring.trie import Trie, question_tries
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 TRIES = "shared-prefix scoring"  # what its self-check is called
-SOFTMAX_ROWS = 64  # of logits at once: a few MB in fp32
+FLEX = "FlexAttention over tries"
+SOFTMAX_ROWS = {"cpu": 64, "cuda": 1024}  # of logits at once: a few MB in fp32, or enough for a launch to pay
 
 
 def log_probs(
@@ -72,23 +78,41 @@ def serves(lm: LM, sequences: list[Sequence]) -> bool:
 
 
 def trie_check(lm: LM) -> Check:
-    """Tries of the probe in a row, against the plain forward pass."""
+    """Tries of the probe in a row, against the plain forward pass.
+
+    Where GPUs are, a model on CPU is checked with their slots, too: a small copy speaks for the ranks that work there.
+    """
+    return _check(lm, TRIES, sight_of(lm), *([Slots] if lm.device.type == "cpu" and torch.cuda.is_available() else []))
+
+
+def sight_of(lm: LM) -> type[Sight]:
+    """How attention takes the tries: one by one on CPU, in one call a layer elsewhere, by FlexAttention if that serves.
+
+    FlexAttention has a self-check of its own. For a model that ranks share it is what they were told.
+    """
+    if lm.device.type == "cpu":
+        return TrieMasks
+    flexible = lm.device.type == "cuda" and torch.cuda.get_device_capability(lm.device) >= (8, 0)
+    return Flex if flexible and _check(lm, FLEX, Flex).passed else Slots
+
+
+def _check(lm: LM, path: str, *sights: type[Sight]) -> Check:
     short, long = sorted(probe(lm), key=len)
     # Every position is asked for: the whole row is an ending, but for its first token.
     sequences = [Sequence(*at, [*ids, 0], 1) for at, ids in (((0, 0), short), ((1, 0), long), ((1, 1), short))]
 
-    def fast() -> torch.Tensor:
+    def in_order(sight: type[Sight]) -> torch.Tensor:
         with tries_attend(lm), fastest_matmuls(lm.model):
-            batch = in_a_row(lm, question_tries(sequences))
-            logits: torch.Tensor = lm.model(**batch.model).logits[0]
+            batch = in_a_row(lm, question_tries(sequences), sight)
+            logits = torch.cat(list(_logits(lm, batch, rows=len(long))))
         numbers = torch.tensor([number for _, _, number in batch.scored])
         return logits[torch.cat([batch.rows[numbers == number] for number in (1, 2, 0)]).to(logits.device)]
 
     def plain() -> torch.Tensor:
         logits = plain_logits(lm)
-        return torch.cat([logits, logits[-len(short) :]])
+        return torch.cat([logits, logits[-len(short) :]] * len(sights))
 
-    return check(lm, TRIES, fast, plain)
+    return check(lm, path, lambda: torch.cat([in_order(sight) for sight in sights]), plain)
 
 
 @torch.inference_mode()
@@ -105,10 +129,11 @@ def score_tries(
     totals = Totals(sequences, lm.dtype)
     with tries_attend(lm):
         for batch in passes(lm, tries, budget, head_everywhere=head_everywhere):
-            finished = totals.add(batch, lm.model(**batch.model).logits[0])
+            finished = totals.add(batch, _logits(lm, batch, head_rows(lm.device, lm.card.vocab_size)))
             if on_batch:
                 on_batch(*finished)
-    work = Work(totals.nodes, totals.passes, totals.asked)
+    padding = totals.padding / (totals.nodes + totals.padding)
+    work = Work(totals.nodes, totals.passes, totals.asked, padding)
     return Scores(totals.log_probs, work, totals.greedy, {"method": "shared"})
 
 
@@ -121,17 +146,19 @@ class Batch:
         scored: (node, token, sequence) triples: log p(token) at that node is a term of that sequence's sum.
         rows: [triples], which row of the logits belongs to each; on CPU, so that to sort them waits for no GPU.
         targets: [triples], the tokens.
+        padding: places of the row that are computed for nothing.
     """
 
     model: dict[str, Any]
     scored: list[tuple[int, int, int]]
     rows: torch.Tensor
     targets: torch.Tensor
+    padding: int = 0
 
     @property
     def nodes(self) -> int:
         """Tokens that go through the model."""
-        return int(self.model["input_ids"].shape[1])
+        return int(self.model["input_ids"].shape[1]) - self.padding
 
 
 def passes(lm: LM, tries: list[Trie], budget: int | None = None, *, head_everywhere: bool = False) -> Iterator[Batch]:
@@ -145,38 +172,71 @@ def passes(lm: LM, tries: list[Trie], budget: int | None = None, *, head_everywh
         head_everywhere: let the output head work at every node, as a plain forward pass does: for the ablation.
     """
     waiting = sorted(tries, key=len)
-    measured = profile(lm)
+    measured, sight = profile(lm), sight_of(lm)
     while waiting:
         limit = budget or measured.budget()
         begin = time.perf_counter()
-        batch = in_a_row(lm, take(waiting, limit, lm.card.vocab_size), head_everywhere)
+        batch = in_a_row(lm, take(waiting, limit, sight), sight, head_everywhere)
         yield batch
         if budget is None:
             measured.observe(limit, batch.nodes, time.perf_counter() - begin)
 
 
-def in_a_row(lm: LM, tries: list[Trie], head_everywhere: bool = False) -> Batch:
+def in_a_row(lm: LM, tries: list[Trie], sight: type[Sight], head_everywhere: bool = False) -> Batch:
     """The tensors of one pass, on the model's device."""
+    places = sight.places([len(trie) for trie in tries])
+    total, device = places[-1], lm.device
+    ids, depths = [0] * total, [0] * total
     scored: list[tuple[int, int, int]] = []
-    start = 0
-    for trie in tries:
+    for trie, start in zip(tries, places, strict=False):
+        ids[start : start + len(trie)], depths[start : start + len(trie)] = trie.ids, trie.depths
         scored.extend((start + node, token, sequence) for node, token, sequence in trie.scored)
-        start += len(trie)
-    device = lm.device
     asking = torch.tensor([node for node, _, _ in scored])
     nodes, rows = torch.unique(asking, return_inverse=True)  # [asked], [triples]
     if head_everywhere:
-        nodes, rows = torch.arange(start), asking
+        nodes, rows = torch.arange(total), asking
     model = {
-        "input_ids": torch.tensor([[i for t in tries for i in t.ids]], device=device),  # [1, nodes]
-        "position_ids": torch.tensor([[d for t in tries for d in t.depths]], device=device),
-        # Nothing is padded. Without it transformers would take depths that begin anew for separate sequences.
-        "attention_mask": torch.ones(1, start, dtype=torch.long, device=device),
-        "trie_masks": TrieMasks(tries, lm.model.dtype, device),
+        "input_ids": torch.tensor([ids], device=device),  # [1, places]
+        "position_ids": torch.tensor([depths], device=device),
+        # Nothing is masked. Without it transformers would take depths that begin anew for separate sequences.
+        "attention_mask": torch.ones(1, total, dtype=torch.long, device=device),
+        "sight": sight(tries, lm.model.dtype, device),
         "use_cache": False,
         "logits_to_keep": nodes.to(device),  # the output head works only where a token is asked for
     }
-    return Batch(model, scored, rows, torch.tensor([token for _, token, _ in scored], device=device))
+    targets = torch.tensor([token for _, token, _ in scored], device=device)
+    return Batch(model, scored, rows, targets, total - sum(map(len, tries)))
+
+
+def _logits(lm: LM, batch: Batch, rows: int) -> Iterator[torch.Tensor]:
+    """A pass's logits [at most `rows`, vocabulary], part by part: the output head's memory limits no pass."""
+    with _decoded_once(lm.model):
+        for few in batch.model["logits_to_keep"].split(rows):
+            yield lm.model(**batch.model | {"logits_to_keep": few}).logits[0]
+
+
+@contextmanager
+def _decoded_once(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the layers run in the first forward pass alone; the others are given what came out of it.
+
+    So the family's own forward pass says what becomes of the hidden states: norms, scales and caps around the head.
+    """
+    decoder = model.get_decoder()
+    if decoder is model or "forward" in vars(decoder):
+        yield
+        return
+    outputs: list[Any] = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not outputs:
+            outputs.append(type(decoder).forward(decoder, *args, **kwargs))
+        return outputs[0]
+
+    decoder.forward = forward
+    try:
+        yield
+    finally:
+        del decoder.forward
 
 
 class Totals:
@@ -185,16 +245,16 @@ class Totals:
     Attributes:
         log_probs: the sum so far of each sequence's ending, in nats.
         greedy: whether every token so far is the one that greedy decoding would write.
-        nodes, passes, asked: what has been computed for it, as in `Work`.
+        nodes, passes, asked: what has been computed for it, as in `Work`; padding: places beside it.
     """
 
     def __init__(self, sequences: list[Sequence], dtype: str) -> None:
         self.sequences, self.dtype = sequences, dtype
         self.log_probs, self.greedy = [0.0] * len(sequences), [True] * len(sequences)
-        self.nodes = self.passes = self.asked = 0
+        self.nodes = self.passes = self.asked = self.padding = 0
 
-    def add(self, batch: Batch, logits: torch.Tensor) -> tuple[list[Sequence], list[float]]:
-        """Take in a pass's logits [asked, vocabulary].
+    def add(self, batch: Batch, logits: Iterable[torch.Tensor]) -> tuple[list[Sequence], list[float]]:
+        """Take in a pass's logits, parts of [asked, vocabulary].
 
         Returns the sequences that are finished now, and their log-probabilities: as no trie is split over passes, all
         that the pass touches.
@@ -209,21 +269,24 @@ class Totals:
         finished = sorted({number for _, _, number in batch.scored})
         ended, sums = [self.sequences[n] for n in finished], [self.log_probs[n] for n in finished]
         check_finite(ended, sums, self.passes, self.dtype)
-        self.nodes, self.asked, self.passes = self.nodes + batch.nodes, self.asked + len(logits), self.passes + 1
+        self.nodes, self.padding, self.passes = self.nodes + batch.nodes, self.padding + batch.padding, self.passes + 1
+        self.asked += len(batch.model["logits_to_keep"])
         return ended, sums
 
 
-def _terms(batch: Batch, logits: torch.Tensor) -> tuple[list[float], list[bool]]:
+def _terms(batch: Batch, logits: Iterable[torch.Tensor]) -> tuple[list[float], list[bool]]:
     """Of each triple log p(token), and whether that token is the most probable one."""
-    values = torch.empty(len(batch.rows), device=logits.device)
-    greedy = torch.empty(len(batch.rows), dtype=torch.bool, device=logits.device)
+    device, first = batch.targets.device, 0
+    values = torch.empty(len(batch.rows), device=device)
+    greedy = torch.empty(len(batch.rows), dtype=torch.bool, device=device)
     # Soft-max in fp32 over a few rows at a time. As log_softmax, not logsumexp: torch's CPU kernels differ by 1e-5 nats
     # a token, and the reference path and lm-evaluation-harness use this one.
-    for chunk, few in enumerate(torch.split(logits, SOFTMAX_ROWS)):
-        here = (batch.rows // SOFTMAX_ROWS == chunk).nonzero().squeeze(-1)  # the triples that ask these rows
+    for few in (few for part in logits for few in torch.split(part, SOFTMAX_ROWS[device.type])):
+        here = ((batch.rows >= first) & (batch.rows < first + len(few))).nonzero().squeeze(-1)  # triples of these rows
         if len(here):
-            row, here = (batch.rows[here] % SOFTMAX_ROWS).to(logits.device), here.to(logits.device)
+            row, here = (batch.rows[here] - first).to(device), here.to(device)
             predictions = few.float().log_softmax(dim=-1)  # [rows, vocabulary]
             values[here] = predictions[row, batch.targets[here]]
             greedy[here] = values[here] == predictions.amax(dim=-1)[row]
+        first += len(few)
     return values.tolist(), greedy.tolist()

@@ -10,9 +10,10 @@ import pandas as pd
 from llmlab.base.errors import InputError
 from llmlab.data import FULL_SET
 from llmlab.model.card import ModelCard
+from llmlab.sharding.costs import LAUNCH, STREAM, Device
+from llmlab.sharding.costs import device as find_device
 from llmlab.sharding.cuts import Cuts, all_cuts
-from llmlab.sharding.predict import MOST_MFU, Device, Prediction, Workload, predict
-from llmlab.sharding.predict import device as find_device
+from llmlab.sharding.predict import MOST_DEVICES, NETWORK_LATENCY, Nodes, Prediction, Workload, predict
 from llmlab.sharding.predict import workload as find_workload
 from llmlab.sharding.tensor import plan_of
 
@@ -62,6 +63,7 @@ class Plan:
     context: int
     layouts: list[Layout]
     assumptions: str = ""
+    price: float | None = None  # of a device an hour
 
     @property
     def best(self) -> Layout:
@@ -94,10 +96,13 @@ class Plan:
             row |= {part: getattr(layout, part) / 2**30 for part in parts}
             if self.assumptions:
                 costs = layout.predicted
-                row["seconds"] = costs.seconds if costs else ""
+                row["seconds"] = round(costs.seconds, 4) if costs else ""
                 row["MFU"] = f"{costs.mfu:.0%}" if costs else ""
                 row["bubble"] = f"{costs.bubble:.1%}" if costs else ""
                 row["GB moved"] = costs.bytes_moved / 1e9 if costs else ""
+                row["kWh"] = f"{costs.kwh:.3g}" if costs else ""
+                if self.price is not None:
+                    row["price"] = f"{costs.price(self.devices, self.price):,.2f}" if costs else ""
             rows.append(row | {"verdict": layout.problem or "fits"})
         return pd.DataFrame(rows).rename(columns={"bytes": "needed", "kv_cache": "KV cache"})
 
@@ -116,7 +121,7 @@ class Plan:
             for layout in self.layouts
         ]
         best = self.layouts[0].name if self.layouts[0].fits else None
-        settings = {name: getattr(self, name) for name in ("devices", "memory", "bits", "batch", "context")}
+        settings = {name: getattr(self, name) for name in ("devices", "memory", "bits", "batch", "context", "price")}
         about = {"best": best, "assumptions": self.assumptions}
         return {"model": self.card.as_dict(), **settings, **about, "layouts": layouts}
 
@@ -131,7 +136,11 @@ def plan(
     context: int | None = None,
     device: str | None = None,
     workload: str | None = None,
-    mfu: float = MOST_MFU,
+    questions: int = FULL_SET,
+    matmul: float | None = None,
+    per_node: int | None = None,
+    network: str | int = "25GB",
+    price: float | None = None,
 ) -> Plan:
     """Enumerate every layout and what its fullest device must hold.
 
@@ -152,8 +161,12 @@ def plan(
         batch: sequences that a replica holds at once.
         context: tokens of each; by default the model's context length, at most 2,048.
         device: "v100", "a100", "h100", "h200", "rtx4090" or "cpu": figures with their source in devices.json.
-        workload: "hellaswag" (the full set, shared prefixes) or "decode" (one step of `batch` sequences).
-        mfu: share of its peak that a busy device reaches, as measured; more than 0.7 is not assumed.
+        workload: "hellaswag" (questions of its lengths, shared prefixes) or "decode" (one step of `batch` sequences).
+        questions: how many, for "hellaswag"; by default the full set.
+        matmul: share of its peak that the device reaches in large matmuls, if you measured it.
+        per_node: devices of a node; by default all stand in one.
+        network: bytes a second, one way, from a node to the others: "25GB" is one port of 200 Gbit/s.
+        price: of a device an hour, in your currency.
 
     Raises:
         InputError: a number that makes no sense.
@@ -162,25 +175,28 @@ def plan(
     if workload and not on:
         raise InputError("a workload needs a device: give device='v100' or another one of devices.json.")
     context = min(2048, card.context_length) if context is None else context
-    _check(card, devices, bits, batch, context, mfu)
+    nodes = Nodes(per_node or devices, parse_bytes(network))
+    _check(card, devices, bits, batch, context)
+    _check_job(devices, nodes, questions, matmul, price)
     memory = parse_bytes(memory or (on.memory if on else "32GiB"))
-    layouts = [_layout(card, cuts, memory, bits, batch * context) for cuts in all_cuts(devices)]
+    layouts = [_layout(card, cuts, memory, bits, batch * context, nodes) for cuts in all_cuts(devices)]
     layouts.sort(key=lambda x: (not x.fits, -x.data, -x.pipeline) if x.fits else (True, x.bytes, 0))
     if on is None or workload is None:
         return Plan(card, devices, memory, bits, batch, context, layouts)
-    job = find_workload(workload, batch, context)
-    layouts = [replace(x, predicted=predict(card, x, on, job, bits=bits, mfu=mfu)) if x.fits else x for x in layouts]
+    on = on if matmul is None else replace(on, matmul=matmul)
+    job = find_workload(workload, batch, context, questions)
+    layouts = [
+        replace(x, predicted=predict(card, x, on, job, bits=bits, nodes=nodes)) if x.fits else x for x in layouts
+    ]
     layouts.sort(key=lambda x: (not x.fits, x.predicted.seconds if x.predicted else 0.0))
-    assumptions = _assumptions(on, job, batch, min(mfu, MOST_MFU))
-    return Plan(card, devices, memory, bits, batch, context, layouts, assumptions)
+    told = assumptions(on, job, devices, nodes, price)
+    return Plan(card, devices, memory, bits, batch, context, layouts, told, price)
 
 
-def _check(card: ModelCard, devices: int, bits: int, batch: int, context: int, mfu: float) -> None:
+def _check(card: ModelCard, devices: int, bits: int, batch: int, context: int) -> None:
     """Raise InputError for a number that makes no sense."""
-    if not 0 < mfu <= 1:
-        raise InputError(f"MFU {mfu}: give a share above 0 and at most 1.")
-    if not 1 <= devices <= 4096:
-        raise InputError(f"{devices} devices: give a number from 1 to 4096.")
+    if not 1 <= devices <= MOST_DEVICES:
+        raise InputError(f"{devices} devices: give a number from 1 to {MOST_DEVICES}.")
     if bits not in BITS:
         raise InputError(f"{bits} bits: choose one of {', '.join(map(str, BITS))}.")
     if not card.attention_layers:
@@ -191,15 +207,32 @@ def _check(card: ModelCard, devices: int, bits: int, batch: int, context: int, m
         )
 
 
-def _assumptions(on: Device, job: Workload, batch: int, mfu: float) -> str:
+def _check_job(devices: int, nodes: Nodes, questions: int, matmul: float | None, price: float | None) -> None:
+    if matmul is not None and not 0 < matmul <= 1:
+        raise InputError(f"matmul {matmul}: give the share of the peak that is reached, above 0 and at most 1.")
+    if nodes.size < 1 or devices % nodes.size:
+        raise InputError(f"{devices} devices in nodes of {nodes.size}: give a number that divides them.")
+    if questions < 1 or (price or 0) < 0:
+        raise InputError(f"{questions} questions at a price of {price}: give a positive number, and no negative price.")
+
+
+def assumptions(on: Device, job: Workload, devices: int, nodes: Nodes, price: float | None = None) -> str:
+    """All that a prediction takes for given, in one line."""
     if job.name == "decode":
-        what = f"one step of {batch} sequences a replica; {mfu:.0%} of {on.bandwidth / 1e9:,.0f} GB/s"
+        what = f"one step of {job.nodes} sequences a replica; {STREAM:.0%} of {on.bandwidth / 1e9:,.0f} GB/s"
     else:
         what = (
-            f"{job.nodes:,} tokens ({FULL_SET:,} questions, shared prefixes); {mfu:.0%} of {on.flops / 1e12:g} TFLOP/s"
+            f"{job.nodes:,} tokens in passes of {job.per_pass:,}, output head at {job.asked:,}; matmuls reach "
+            f"{on.matmul:.0%} of {on.flops / 1e12:g} TFLOP/s in full waves of {on.sms} multiprocessors; "
+            f"{job.kernels.name} ({job.kernels.launches} launches a layer of {LAUNCH * 1e6:g} µs) at {STREAM:.0%} of "
+            f"{on.bandwidth / 1e9:,.0f} GB/s"
         )
-    link = f"links {on.link / 1e9:g} GB/s one way, {on.latency * 1e6:g} µs a message"
-    return f"assumed: {what} on a busy {on.name}; {link} ({on.source})"
+    link = f"links {on.link / 1e9:g} GB/s one way, {on.pair / 1e9:g} between two, {on.latency * 1e6:g} µs a message"
+    if devices > nodes.size:
+        link += f"; {nodes.size} devices a node, {nodes.network / 1e9:g} GB/s and {NETWORK_LATENCY * 1e6:g} µs between"
+    power = f"{on.idle:g} W idle (as nvidia-smi shows) to {on.tdp:g} W at work, devices alone"
+    cost = "" if price is None else f"; {price:g} a device an hour"
+    return f"assumed: {what}, on {on.name}; {link}; {power}{cost} ({on.source}). Not in it: loading, tokenization"
 
 
 def parse_bytes(text: str | int) -> int:
@@ -211,7 +244,7 @@ def parse_bytes(text: str | int) -> int:
     return int(float(match.group(1)) * UNITS[unit])
 
 
-def _layout(card: ModelCard, cuts: Cuts, memory: int, bits: int, tokens: int) -> Layout:
+def _layout(card: ModelCard, cuts: Cuts, memory: int, bits: int, tokens: int, nodes: Nodes) -> Layout:
     """What the fullest device holds, and whether it has the memory for it."""
     # Heads are cut in whole KV groups, so the fullest rank may hold more than its share: an upper bound, as the MLP is
     # cut evenly.
@@ -230,7 +263,7 @@ def _layout(card: ModelCard, cuts: Cuts, memory: int, bits: int, tokens: int) ->
         kv_cache=round(tokens * card.kv_values * 2 * share),
         activations=round(2 * tokens * width),
     )
-    problem = cuts.misfit(card.layers, card.kv_heads)
+    problem = cuts.misfit(card.layers, card.kv_heads) or nodes.misfit(cuts)
     if cuts.tensor > 1 and not plan_of(card.model_type):
         problem = f"cuts layers, for which transformers has no plan in {card.model_type}"
     if problem is None and layout.bytes > memory:

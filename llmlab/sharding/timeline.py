@@ -81,15 +81,24 @@ def tasks(work: Sequence[Sequence[float]], schedule: str, ranks: int | None = No
     return planned
 
 
-def simulate(planned: Sequence[Task], *, link: float = 0.0, cores: float | None = None) -> Timeline:
+def simulate(
+    planned: Sequence[Task],
+    *,
+    link: float = 0.0,
+    cores: float | None = None,
+    per_node: int | None = None,
+    network: float = 0.0,
+) -> Timeline:
     """Run tasks.
 
     Args:
         planned: from `tasks`, or your own; a rank takes the first of its own that is ready, in this order.
         link: seconds from the end of a task to the start of the one that needs its output on another rank.
+        per_node, network: ranks of a node, all in one by default; and the seconds where that rank is in another node.
         cores: how many tasks run at full speed side by side; more share them evenly. None: each rank has its own.
     """
     ranks = 1 + max(task.rank for task in planned)
+    size = per_node or ranks
     ready_at: list[float | None] = [0.0 if task.after is None else None for task in planned]
     followers: dict[int, list[int]] = {}
     for index, task in enumerate(planned):
@@ -118,6 +127,8 @@ def simulate(planned: Sequence[Task], *, link: float = 0.0, cores: float | None 
             del running[rank]
             spans.append(Span(planned[index], start, then))
             for follower in followers.get(index, []):
-                ready_at[follower] = then + (link if planned[follower].rank != rank else 0.0)
+                there = planned[follower].rank
+                away = network if there // size != rank // size else link
+                ready_at[follower] = then + (away if there != rank else 0.0)
         now = then
     return Timeline(ranks, spans)

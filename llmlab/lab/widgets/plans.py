@@ -10,8 +10,8 @@ from llmlab.lab.figures import sharding
 from llmlab.lab.widgets.view import Twin, View, dropdown, slider
 from llmlab.model.card import ModelCard
 from llmlab.model.load import model_card
+from llmlab.sharding.costs import DEVICES
 from llmlab.sharding.plan import BITS, Plan, plan
-from llmlab.sharding.predict import DEVICES
 
 MODELS = ("llama-30b", "llama-7b", "llama-13b", "llama-65b", "opt-6.7b", "opt-30b", "opt-66b")
 OWN = "as built"
