@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 import llmlab
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.lookup import PromptLookup
+from llmlab.kernels import graphs
 from llmlab.kernels.graphs import capture
 from llmlab.kernels.replay import RECORD, Recorder
 
@@ -195,3 +196,20 @@ def test_the_stand_in_sees_what_would_go_wrong_on_a_gpu():
     assert [tensor is elsewhere for tensor in tape.strangers([state])].count(True) == 1
     assert address(state) in tape.writes and len(tape.writes) == 2  # and an input, which the next replay would find so
     assert torch.equal(replay(torch.ones(3)), torch.full((3,), 2.0 + 3.0))  # the capture added 1 to the state, this 2
+
+
+def test_two_kernels_are_compared_by_their_replays_on_a_gpu(monkeypatch):
+    speeds, ran, x = iter([2.0, 1.5, 0.9]), [], torch.ones(8)
+
+    def kernel(rows):
+        ran.append(rows)
+        return x[:rows] + 1
+
+    def faster(first, second, counted):
+        first(), second()
+        return next(speeds)
+
+    monkeypatch.setattr(graphs, "CudaGraph", lambda device: Tape())
+    monkeypatch.setattr(graphs, "faster", faster)
+    assert graphs.rows_up_to((1, 2, 4, 8), kernel, kernel, torch.device("cuda")) == 2
+    assert ran == [1] * 4 + [2] * 4 + [4] * 4  # each is compiled and captured; a replay runs no Python

@@ -42,11 +42,11 @@ class CudaGraph:
 
     def capture(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """See Graph. Raises RuntimeError for a pass that waits for the GPU or needs a number from it."""
-        # What other threads do, such as a widget's, does not end a capture of this one.
-        with (
-            torch.cuda.device(self.device),
-            torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"),
-        ):
+        # torch's own stream for captures is one of the GPU that captured first. What other threads do, such as a
+        # widget's, does not end a capture of this one.
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch has no hints for it
+        captured = torch.cuda.graph(self.graph, pool=self.pool, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self.device), captured:
             return run()
 
     def replay(self) -> None:
