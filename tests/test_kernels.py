@@ -1,16 +1,12 @@
 """Every kernel against the readable reference."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from llmlab.kernels import fewrows
 from llmlab.kernels import packed_linear as module
 from llmlab.kernels.packed_linear import INT4_CPU, INT8_CPU, REFERENCE, QuantLinear
-from llmlab.kernels.packing import Quantized
+from llmlab.kernels.packing import Quantized, pack, unpack
 from llmlab.quantization.grid import Scheme, rtn
 
 
@@ -70,9 +66,10 @@ def test_what_no_kernel_serves_is_dequantized(options, dtype):
 
 def test_the_crossover_is_measured_and_kept():
     module.crossover.cache_clear()
-    assert module.crossover(256, 128, 4, torch.float32, INT4_CPU) in (1, 4, 16, 64, 256)
+    case = (256, 128, 4, torch.float32, INT4_CPU, torch.device("cpu"))
+    assert module.crossover(*case) in (1, 4, 16, 64, 256)
     assert module.crossover.cache_info().misses == 1
-    module.crossover(256, 128, 4, torch.float32, INT4_CPU)
+    module.crossover(*case)
     assert module.crossover.cache_info().hits == 1
 
 
@@ -99,25 +96,56 @@ def test_packing_takes_a_scheme_for_its_bits():
     assert torch.equal(QuantLinear.pack(made, Scheme(3, 32)).qweight, QuantLinear.pack(made, 3).qweight)
 
 
-@pytest.mark.slow
-def test_triton_equals_the_reference():
-    """Under Triton's interpreter, which must be switched on before it is imported: hence a process of its own."""
-    code = """
-import torch
-from test_kernels import packed
-from llmlab.kernels.triton_packed import triton_matmul
-worst = 0.0
-for bits in (2, 3, 4, 8):
-    for options in (dict(group_size=32), dict(group_size=-1), dict(group_size=64, shuffle=True), dict(symmetric=True)):
-        linear = packed(bits, bias=False, **options)
-        tensors = (linear.qweight, linear.qzeros, linear.scales, linear.g_idx)
-        for n, dtype in ((1, torch.float32), (18, torch.float16)):
-            x = torch.randn(n, 128).to(dtype)
-            exact = torch.nn.functional.linear(x.double(), linear.dequantize(torch.float32).double())
-            worst = max(worst, float((triton_matmul(x, *tensors, linear.bits).double() - exact).abs().max()))
-print(worst)
-"""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout) < 5e-3
+@pytest.mark.parametrize("bits", [3, 4])
+def test_groups_that_act_order_scattered_are_sorted_for_a_gpu_and_saved_as_they_were(bits):
+    linear = packed(bits, 32, shuffle=True)
+    saved = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    weight, x = linear.dequantize(torch.float32), torch.randn(2, 128)
+    product = linear.multiply_dequantized(x)
+    linear.sort_groups()
+    assert linear.sequential and torch.equal(linear.g_idx, torch.arange(128).int() // 32)
+    assert not torch.equal(linear.qweight, saved["qweight"])
+    assert torch.equal(linear.dequantize(torch.float32), weight)
+    assert torch.equal(linear.unpacked().dequantize(), weight)
+    assert torch.allclose(linear.multiply_dequantized(x), product, atol=1e-5)
+    after = linear.state_dict()
+    assert after.keys() == saved.keys() and all(torch.equal(after[name], saved[name]) for name in saved)
+    again = QuantLinear(128, 96, bits, 4, bias=True)
+    again.load_state_dict(after)
+    assert torch.equal(again.dequantize(torch.float32), weight)
+
+
+def test_groups_of_different_sizes_stay_as_they_are():
+    linear = packed(4, 32, shuffle=True)
+    linear.g_idx[linear.g_idx == 3] = 2
+    linear.sort_groups()
+    assert linear.order is None and not linear.sequential
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_joined_matrices_hold_their_packed_weights_once(shuffle):
+    """Those that were joined become views, for whoever holds their tensors, and give what they gave."""
+    parts = [packed(4, 32, rows=rows) for rows in (96, 32, 64)]
+    if shuffle:
+        order = torch.randperm(128)
+        for part in parts:
+            part.qweight = pack(unpack(part.qweight, 4)[order], 4)
+            part.g_idx = part.g_idx[order]
+            part.sort_groups()
+    weights, words = [part.dequantize(torch.float32) for part in parts], parts[1].qweight
+    joined = fewrows._joined(parts)
+    assert torch.equal(joined.dequantize(torch.float32), torch.cat(weights))
+    assert all(torch.equal(part.dequantize(torch.float32), weight) for part, weight in zip(parts, weights, strict=True))
+    for name in ("qweight", "qzeros", "scales"):
+        memory = {getattr(m, name).untyped_storage().data_ptr() for m in [joined, *parts]}
+        assert len(memory) == 1 and getattr(joined, name).is_contiguous()
+    assert words.untyped_storage().data_ptr() == joined.qweight.data_ptr()
+    again = fewrows._joined(parts)  # a second engine's
+    assert again.qweight.data_ptr() == joined.qweight.data_ptr() and torch.equal(again.qweight, joined.qweight)
+
+
+def test_matrices_with_other_orders_of_their_inputs_are_not_joined():
+    parts = [packed(4, 32, shuffle=True), packed(4, 32)]
+    parts[0].sort_groups()
+    assert torch.equal(parts[0].g_idx, parts[1].g_idx)
+    assert fewrows._joined(parts) is None

@@ -42,9 +42,9 @@ class Engine:
             matrices with the same input move side by side (see `fewrows`).
         cache_of: share this engine's cache: a draft that is a cheaper version of the same model reads the keys and
             values of the exact one, and needs no prefill of its own.
-        compile: let torch.compile make the passes of a few tokens (CUDA graphs on a GPU, inductor on CPU): the first
-            pass of each shape takes up to a minute. By default they are recorded on CPU, which is faster there (see
-            `record`), and run as they are on a GPU.
+        compile: let torch.compile make the passes of a few tokens: the first pass of each shape takes up to a minute.
+            By default they are recorded on CPU, which is faster there (see `record`). On a GPU they are captured as
+            CUDA graphs, compiled or not; prompts are read as they come.
 
     Raises `NotServed` for a model for which these passes do not give the numbers of its plain forward pass (see
     `selfcheck`); a draft on another's cache is not checked, since it is verified anyway.
@@ -208,7 +208,7 @@ class Engine:
         seen = max(past) + width
         if seen > cache.capacity:
             raise InputError(f"{seen} tokens do not fit a cache of {cache.capacity}: start it larger.")
-        fixed = self.compile and pad  # a compiled pass reads the whole cache: its shapes never change
+        fixed = self.recorder.fixed and pad
         input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in tokens])
         self._pending = [[n + i for i in range(width)] for n in past]
         alone = cache.batch == 1 and not fixed  # a row alone needs no slots, and one token of it no mask

@@ -28,6 +28,7 @@ from llmlab.base.clock import faster
 from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.kernels.plain import onednn_takes, slow_on_cpu, widened_linear
 from llmlab.kernels.replay import whole
+from llmlab.kernels.stacking import stacked
 
 TOGETHER = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
 FEW = (1, 2, 3, 5)  # rows at which the two layouts are compared
@@ -201,7 +202,7 @@ def _join(parent: torch.nn.Module, names: tuple[str, ...], dtype: torch.dtype) -
     if any(m is None or m._forward_hooks for m in linears):
         return
     if len(packed) == len(names):
-        matrix = packed[0].joined(packed[1:])
+        matrix = _joined(packed)
         if matrix is not None:
             matrix.prepare(dtype)
     elif len(plain) == len(names) and len({m.bias is None for m in plain}) == 1:
@@ -219,19 +220,22 @@ def _join(parent: torch.nn.Module, names: tuple[str, ...], dtype: torch.dtype) -
             setattr(parent, name, Part(partial(joined.product, index)))
 
 
-@torch.inference_mode(False)
-def stacked(weights: list[torch.Tensor]) -> torch.Tensor:
-    """One matrix of several below one another; they become views of it, with the numbers they had."""
-    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
-    in_order = [weight.data_ptr() for weight in weights[1:]] == ends[:-1]
-    if in_order and len({weight.untyped_storage().data_ptr() for weight in weights}) == 1:
-        # They are such views already: another engine of this model made them.
-        rows, columns = sum(map(len, weights)), weights[0].shape[1]
-        return weights[0].detach().as_strided((rows, columns), (columns, 1))
-    matrix = torch.cat([weight.detach() for weight in weights])
-    for weight, part in zip(weights, torch.split(matrix, [len(weight) for weight in weights]), strict=True):
-        weight.data = part
-    return matrix
+def _joined(parts: list[QuantLinear]) -> QuantLinear | None:
+    """One packed matrix that computes the outputs of several with the same input; None if none can."""
+    first, outputs = parts[0], [m.out_features for m in parts]
+    alike = all(m.bits == first.bits and torch.equal(m.g_idx, first.g_idx) for m in parts)
+    features = torch.arange(first.in_features, device=first.g_idx.device)
+    orders = [features if m.order is None else m.order for m in parts]
+    alike = alike and all(torch.equal(order, orders[0]) for order in orders)
+    if not alike or len({m.bias is None for m in parts}) > 1 or any(n * first.bits % 32 for n in outputs):
+        return None
+    with torch.device("meta"):
+        joined = QuantLinear(first.in_features, sum(outputs), first.bits, first.groups, first.bias is not None)
+    for name in ("qweight", "qzeros", "scales"):
+        setattr(joined, name, stacked([getattr(m, name) for m in parts], dim=1))
+    joined.g_idx, joined.order = first.g_idx, first.order
+    joined.bias = None if first.bias is None else torch.cat([m.bias for m in parts if m.bias is not None])
+    return joined
 
 
 class FewOpsRMSNorm(torch.nn.Module):

@@ -12,16 +12,18 @@ from typing import Protocol
 
 import torch
 
-from llmlab.base.clock import faster
-from llmlab.kernels.packing import Quantized, pack, unpack
+from llmlab.kernels.graphs import rows_up_to
+from llmlab.kernels.packing import Packed, Quantized, pack, unpack
 from llmlab.kernels.plain import slow_on_cpu
-from llmlab.kernels.torch_packed import GROUP_SIZES, Int4Product, Int8Product, Multiply
+from llmlab.kernels.torch_packed import GROUP_SIZES, Multiply, int4_product, int8_product
 
 REFERENCE = "dequantize, then matmul"
 INT4_CPU = "torch int4 (CPU)"
 INT8_CPU = "torch int8 (CPU)"
-TRITON = "Triton W4A16"
+TRITON = "Triton (GPU)"
 ROUNDED_ROWS = 32  # rows that are rounded to bf16 where that is not the dtype: decoding; scoring stays exact
+CROSSINGS = (4, 16, 64, 256)  # rows at which the two are compared
+BEYOND_CACHES = 2**27  # bytes of packed weights to compare them on, on a GPU
 DECODE_ROWS = 8  # up to here a step is bound by reading the weights
 TOLERANCE = 0.02  # relative error of a packed product: bf16 has 8 bits
 
@@ -42,6 +44,8 @@ class QuantLinear(torch.nn.Module):
         scales: fp16 [G, m].
         g_idx: int32 [n], the group of each input feature.
         bias: [m] or None.
+        order: int64 [n], the input feature at each place of qweight and g_idx; None as checkpoints have it, in order.
+            Not saved.
     """
 
     qweight: torch.Tensor
@@ -49,6 +53,7 @@ class QuantLinear(torch.nn.Module):
     scales: torch.Tensor
     g_idx: torch.Tensor
     bias: torch.Tensor | None
+    order: torch.Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bits: int, groups: int, bias: bool) -> None:
         super().__init__()
@@ -58,6 +63,7 @@ class QuantLinear(torch.nn.Module):
         self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16))
         self.register_buffer("g_idx", torch.zeros(in_features, dtype=torch.int32))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        self.register_buffer("order", None, persistent=False)
         self.kernel = REFERENCE
         self.fast: Multiply | None = None
         self.limit = 0  # rows up to which `fast` serves
@@ -76,11 +82,24 @@ class QuantLinear(torch.nn.Module):
         return self
 
     def unpacked(self) -> Quantized:
-        """The matrix that the buffers hold."""
-        return Quantized(unpack(self.qweight, self.bits).T, self.scales.T, self.zeros, self.g_idx)
+        """The matrix that the buffers hold, its inputs in order."""
+        codes, g_idx = unpack(self.qweight, self.bits).T, self.g_idx
+        if self.order is not None:
+            place = torch.argsort(self.order)
+            codes, g_idx = codes[:, place], g_idx[place]
+        return Quantized(codes, self.scales.T, self.zeros, g_idx)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """W [out_features, in_features], computed in fp32 and rounded to `dtype`."""
+        weight = self._as_stored(dtype)
+        return weight if self.order is None else weight[:, torch.argsort(self.order)]
+
+    def _as_stored(self, dtype: torch.dtype) -> torch.Tensor:
+        """The same with the inputs as they are stored."""
+        if self.kernel == TRITON:
+            from llmlab.kernels import triton_packed
+
+            return triton_packed.dequantize(packed(self), dtype)
         codes = unpack(self.qweight, self.bits)  # [n, m]
         zeros = self.zeros.T.float()  # [G, m]
         scales = self.scales.float()
@@ -104,24 +123,45 @@ class QuantLinear(torch.nn.Module):
         expected = torch.arange(self.in_features, device=self.g_idx.device) // (self.in_features // self.groups)
         return bool(torch.equal(self.g_idx.long(), expected))
 
+    def sort_groups(self) -> None:
+        """Store the inputs by group, `order` says which: act-order scatters groups, a GPU's kernels want a word in one.
+
+        Groups of different sizes stay as they are.
+        """
+        sizes = torch.bincount(self.g_idx, minlength=self.groups)
+        if not self.sequential and bool((sizes == self.in_features // self.groups).all()):
+            self.order = torch.argsort(self.g_idx, stable=True)
+            self.qweight = pack(unpack(self.qweight, self.bits)[self.order], self.bits)
+            self.g_idx = self.g_idx[self.order]
+            del self.sequential  # which is known anew
+
+    def _save_to_state_dict(self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.order is not None:
+            whole = self.unpacked()
+            destination[f"{prefix}qweight"], destination[f"{prefix}g_idx"] = pack(whole.codes.T, self.bits), whole.g_idx
+
     def prepare(self, dtype: torch.dtype) -> None:
         """Choose the kernel for this device, pack for it, and measure up to how many rows of `dtype` it is faster.
 
         A kernel that does not give the plain product's numbers here is not used, with one warning.
         """
+        if self.qweight.is_cuda:
+            self.sort_groups()
         self.kernel, self.fast = choose_kernel(self)
-        size, odd = self.in_features // self.groups, self.out_features % 64
-        kind = (self.bits, size, self.groups > 1, self.sequential, odd)
-        if self.fast and not agrees(self.kernel, kind, dtype, self.qweight.device):
+        size, odd, device = self.in_features // self.groups, self.out_features % 64, self.qweight.device
+        kind = (self.bits, size, self.groups > 1, self.order is None and self.sequential, odd)
+        if self.fast and not agrees(self.kernel, kind, dtype, device):
             self.kernel, self.fast = REFERENCE, None
-        self.limit = crossover(self.in_features, self.out_features, self.bits, dtype, self.kernel) if self.fast else 0
+        shape = (self.in_features, self.out_features)
+        self.limit = crossover(*shape, self.bits, dtype, self.kernel, device) if self.fast else 0
         if dtype != torch.bfloat16 and self.kernel in (INT4_CPU, INT8_CPU):
             self.limit = min(self.limit, ROUNDED_ROWS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] in any float dtype to [..., out_features] in the same."""
         if self.fast is not None and x.numel() <= self.limit * self.in_features:
-            out = self.fast(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+            out = self.fast(self._ordered(x.reshape(-1, self.in_features))).view(*x.shape[:-1], self.out_features)
             return out if self.bias is None else out + self.bias.to(x.dtype)
         if self.fast is None and x.numel() <= DECODE_ROWS * self.in_features:
             sizes = ", ".join(map(str, GROUP_SIZES))
@@ -138,21 +178,11 @@ class QuantLinear(torch.nn.Module):
         wide = x.device.type == "cpu" and slow_on_cpu(x.dtype)
         dtype = torch.float32 if wide else x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        return torch.nn.functional.linear(x.to(dtype), self.dequantize(dtype), bias).to(x.dtype)
+        return torch.nn.functional.linear(self._ordered(x).to(dtype), self._as_stored(dtype), bias).to(x.dtype)
 
-    def joined(self, others: list[QuantLinear]) -> QuantLinear | None:
-        """One matrix that computes this one's outputs and those of others with the same input; None if none can."""
-        every = [self, *others]
-        outputs = sum(m.out_features for m in every)
-        alike = all(m.bits == self.bits and torch.equal(m.g_idx, self.g_idx) for m in every)
-        if not alike or len({m.bias is None for m in every}) > 1 or any(m.out_features * m.bits % 32 for m in every):
-            return None
-        joined = QuantLinear(self.in_features, outputs, self.bits, self.groups, self.bias is not None)
-        for part in ("qweight", "qzeros", "scales"):
-            setattr(joined, part, torch.cat([getattr(m, part) for m in every], dim=1))
-        joined.g_idx = self.g_idx
-        joined.bias = None if self.bias is None else torch.cat([m.bias for m in every if m.bias is not None])
-        return joined
+    def _ordered(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features], the inputs as they are stored."""
+        return x if self.order is None else x.index_select(-1, self.order)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -167,51 +197,44 @@ def choose_kernel(linear: QuantLinear) -> tuple[str, Multiply | None]:
     cpu = linear.qweight.device.type == "cpu"
     size = linear.in_features // linear.groups
     if cpu and linear.bits <= 4 and size in GROUP_SIZES:
-        return INT4_CPU, _int4_cpu(linear, size)
+        return INT4_CPU, int4_product(linear.unpacked(), linear.bits)
     if cpu and linear.bits == 8 and linear.groups == 1 and bool((linear.zeros == 128).all()):
-        return INT8_CPU, _int8_cpu(linear)
-    if not cpu:
-        from llmlab.kernels.triton_packed import triton_matmul
+        return INT8_CPU, int8_product(linear.unpacked())
+    if linear.qweight.is_cuda and linear.sequential and size % 32 == 0:
+        from llmlab.kernels import triton_packed
 
-        tensors = (linear.qweight, linear.qzeros, linear.scales, linear.g_idx)
-        return TRITON, lambda x: triton_matmul(x, *tensors, linear.bits)
+        return TRITON, functools.partial(triton_packed.multiply, packed(linear))
     return REFERENCE, None
 
 
-def _int4_cpu(linear: QuantLinear, size: int) -> Int4Product:
-    """torch's 4-bit kernel; 2 and 3 bits take a nibble each, too."""
-    whole = linear.unpacked()
-    order = None if linear.sequential else torch.argsort(linear.g_idx, stable=True)  # groups side by side again
-    codes = (whole.codes if order is None else whole.codes[:, order]).int()
-    zeros = whole.zeros.int()  # [m, G]
-    if linear.bits < 4:  # there is room to move the zero point to 8, the kernel's own, where nothing is rounded
-        codes += (8 - zeros).repeat_interleave(size, dim=1)
-        zeros = torch.full_like(zeros, 8)
-    return Int4Product(codes, whole.scales, zeros, size, order)
-
-
-def _int8_cpu(linear: QuantLinear) -> Int8Product:
-    """torch's 8-bit kernel."""
-    codes = (unpack(linear.qweight, 8).T.short() - 128).to(torch.int8)  # [m, n]
-    return Int8Product(codes, linear.scales[0])
+def packed(linear: QuantLinear) -> Packed:
+    """Its tensors, for the kernels of `triton_packed`; whoever holds them does not hold the module."""
+    return Packed(linear.qweight, linear.qzeros, linear.scales, linear.bits)
 
 
 @functools.cache
-def crossover(in_features: int, out_features: int, bits: int, dtype: torch.dtype, kernel: str) -> int:
-    """Rows of `dtype` up to which the kernel beats dequantizing to a matmul, measured on a matrix of this shape."""
-    if kernel == TRITON:
-        return 64  # about where a GPU's matmul stops being bound by memory traffic
-    size = in_features if bits == 8 else 32
-    _, fast = choose_kernel(linear := _random(in_features, out_features, bits, size))
-    assert fast is not None
-    best = 1
-    for rows in (4, 16, 64, 256):
-        x = torch.randn(rows, in_features).to(dtype)
-        packed, plain = functools.partial(fast, x), functools.partial(linear.multiply_dequantized, x)
-        if faster(packed, plain, counted=5) < 1:
-            break
-        best = rows
-    return best
+def crossover(
+    in_features: int, out_features: int, bits: int, dtype: torch.dtype, kernel: str, device: torch.device
+) -> int:
+    """Rows of `dtype` up to which the kernel beats dequantizing to a matmul, measured on matrices of this shape."""
+    size = in_features if kernel == INT8_CPU else 32
+    with device:
+        linears = [_random(in_features, out_features, bits, size)]
+        if device.type == "cuda":  # so many that the next one is not in a cache when its turn comes
+            copies = min(16, BEYOND_CACHES // linears[0].qweight.nbytes)
+            linears += [_random(in_features, out_features, bits, size) for _ in range(copies)]
+        for linear in linears:
+            linear.kernel, linear.fast = choose_kernel(linear)
+
+        def packed_product(rows: int) -> torch.Tensor:
+            x = inputs[rows]
+            return [linear.fast(x) for linear in linears if linear.fast][-1]
+
+        def plain_product(rows: int) -> torch.Tensor:
+            return [linear.multiply_dequantized(inputs[rows]) for linear in linears][-1]
+
+        inputs = {rows: torch.randn(rows, in_features).to(dtype) for rows in CROSSINGS}
+        return max(1, rows_up_to(CROSSINGS, packed_product, plain_product, device))
 
 
 Kind = tuple[int, int, bool, bool, int]  # bits, group size, several groups, groups in a row, outputs beyond 64s
@@ -228,12 +251,19 @@ def agrees(kernel: str, kind: Kind, dtype: torch.dtype, device: torch.device) ->
         linear = _random(size * (4 if several else 1), 64 + odd, bits, size, sequential)
         if kernel != INT8_CPU:  # which takes no other zero point than the middle
             linear.qzeros = pack(torch.randint(0, (1 << bits) - 1, linear.scales.T.shape), bits).T.contiguous()
-        x = torch.randn(3, linear.in_features).to(dtype)
+        x = torch.randn(20, linear.in_features).to(dtype)
     exact = (x.double() @ linear.dequantize(torch.float32).double().T).to(device)
     linear, x = linear.to(device), x.to(device)
+    if device.type == "cuda":
+        linear.sort_groups()
     try:
-        _, fast = choose_kernel(linear)
-        error = float((fast(x).double() - exact).norm() / exact.norm()) if fast else float("inf")
+        linear.kernel, linear.fast = choose_kernel(linear)
+        products = [linear.fast(linear._ordered(x[:rows])) for rows in (3, 20) if linear.fast]  # few and more rows
+        products += [linear.multiply_dequantized(x)] if linear.kernel == TRITON else []
+        errors = [
+            (product.double() - exact[: len(product)]).norm() / exact[: len(product)].norm() for product in products
+        ]
+        error = max(map(float, errors), default=float("inf"))
     except Exception as problem:  # a kernel's compiler or library may raise anything
         error, reason = float("inf"), f"fails ({type(problem).__name__}: {' '.join(str(problem).split())[:120]})"
     else:

@@ -38,6 +38,31 @@ class Quantized:
         return (self.codes.float() - self.zeros.float()[:, groups]) * self.scales.float()[:, groups]
 
 
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """The tensors of a `packed_linear.QuantLinear` whose groups are runs of inputs; they may be views of wider ones."""
+
+    qweight: torch.Tensor
+    qzeros: torch.Tensor
+    scales: torch.Tensor
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in_features, out_features)."""
+        return self.qweight.shape[0] * 32 // self.bits, self.qweight.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+        return self.shape[0] // self.scales.shape[0]
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Numbers from one row of each to the next."""
+        return self.qweight.stride(0), self.qzeros.stride(0), self.scales.stride(0)
+
+
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack along the first dimension: integers [n, m] below 2^bits, n a multiple of 32, to int32 [n * bits / 32, m]."""
     if 32 % bits:

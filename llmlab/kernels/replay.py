@@ -1,4 +1,4 @@
-"""Record a pass once and replay it without Python: on CPU; on a GPU that is what CUDA graphs do.
+"""Record a pass once and replay it without Python: by CUDA graphs on a GPU (see `graphs`), here on CPU.
 
 A decode step of a small model is 2,000 small operations, and Python between them costs as much as the work. On CPU the
 pass is recorded by torch.jit.trace and replayed by its interpreter: the same kernels in the same order, so the numbers
@@ -22,14 +22,13 @@ from torch.nn.utils.stateless import _reparametrize_module  # what functional_ca
 
 from llmlab.base.paths import cache_folder
 from llmlab.kernels.fast import machine
+from llmlab.kernels.graphs import CudaGraph, Graph, Inputs, Run, capture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RECORD = 2  # passes of one shape before it is recorded
 
-Inputs = tuple[torch.Tensor | None, ...]
-Run = Callable[..., torch.Tensor]
 Trials = list[tuple[Inputs, torch.Tensor]]
 Function = TypeVar("Function", bound=Run)
 
@@ -41,16 +40,27 @@ class Buffers(Protocol):
 
 
 class Recorder:
-    """Runs passes; one whose shape comes often is recorded (or compiled), and replayed from then on.
+    """Runs passes; one whose shape comes often is recorded, captured or compiled, and replayed from then on.
+
+    Args:
+        model: that the passes are of.
+        compile: by torch.compile, on a GPU captured then.
+        graph: makes what captures a pass; by default a CUDA graph where the model is on a GPU, and nothing on CPU.
 
     Attributes:
+        fixed: whether passes must read the whole cache, so that tensors of every step have the same shapes.
         replays: by shape.
         seconds: spent on recording or compiling, to be told apart from decoding.
     """
 
-    def __init__(self, model: PreTrainedModel, *, compile: bool) -> None:
+    def __init__(self, model: PreTrainedModel, *, compile: bool, graph: Callable[[], Graph] | None = None) -> None:
         self.model, self.compile = model, compile
-        self.records = compile or recordable(model)
+        device, same = model.get_input_embeddings().weight.device, recordable(model)
+        if graph is None and device.type == "cuda":
+            graph = functools.partial(CudaGraph, device, torch.cuda.graph_pool_handle())
+        self.graph = graph if same else None
+        self.records = compile or same
+        self.fixed = compile or self.graph is not None
         self.seconds = 0.0
         self.cache: Buffers | None = None
         self.replays: dict[object, Run] = {}
@@ -67,14 +77,31 @@ class Recorder:
         self.uses[shape] = self.uses.get(shape, 0) + 1
         if self.records and self.uses[shape] == RECORD:
             begin = time.perf_counter()
-            make = compiled if self.compile else functools.partial(record, self.model, cache)
-            replay = make(run, inputs, self._trials(run, inputs, result))
+            replay = self._replay(run, inputs, cache, self._trials(run, inputs, result))
             if replay is not None:
                 self.replays[shape] = replay
             else:
                 run(*inputs)  # puts right what the trials left in the cache
             self.seconds += time.perf_counter() - begin
         return result
+
+    def _replay(self, run: Run, inputs: Inputs, cache: Buffers, trials: Trials) -> Run | None:
+        """A replay that gives what the trials say; None, with a warning, where there is none."""
+        replay: Run | None = run
+        if self.compile:
+            with torch._dynamo.config.patch(recompile_limit=64):  # one for each batch and width
+                replay = _checked(compiled(run), trials)
+        elif self.graph is None:
+            replay = _checked(record(self.model, cache, run, inputs), trials)
+        if replay is None or self.graph is None:
+            return replay
+        try:
+            replay = capture(self.graph(), replay, inputs)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(f"passes run uncaptured, with Python between their kernels: {reason}", stacklevel=4)
+            return None
+        return _checked(replay, trials)
 
     def _trials(self, run: Run, inputs: Inputs, result: torch.Tensor) -> Trials:
         """What a replay must give: first for other tokens, which may go another way (to other experts), then these."""
@@ -87,19 +114,17 @@ class Recorder:
 
 
 def recordable(model: PreTrainedModel) -> bool:
-    """Whether every pass of one shape runs the same operations, on one CPU.
+    """Whether every pass of one shape runs the same operations, on one device.
 
     Not so where experts are routed by the data, positions are scaled by length, or ranks talk to one another; and the
-    operations of bitsandbytes' int8 return what
-    a recording cannot hold.
+    operations of bitsandbytes' int8 return what a recording cannot hold.
     """
     config = model.config
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     by_length = str(rope.get("rope_type", rope.get("type", ""))) in ("dynamic", "longrope", "yarn")
     experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
     int8 = getattr(model, "is_loaded_in_8bit", False)
-    return on_cpu and not (by_length or experts or sharded(model) or int8)
+    return not (by_length or experts or sharded(model) or int8)
 
 
 def sharded(model: torch.nn.Module) -> bool:
@@ -126,7 +151,7 @@ def whole(function: Function) -> Function:
     return cast(Function, call)
 
 
-def record(model: torch.nn.Module, cache: Buffers, run: Run, inputs: Inputs, trials: Trials) -> Run | None:
+def record(model: torch.nn.Module, cache: Buffers, run: Run, inputs: Inputs) -> Run:
     """Record a pass.
 
     Every tensor that the pass uses becomes an input of the recording: it cannot hold oneDNN's.
@@ -136,10 +161,9 @@ def record(model: torch.nn.Module, cache: Buffers, run: Run, inputs: Inputs, tri
         cache: which `run` writes into.
         run: the pass, a function of `inputs`.
         inputs: tensors; those that are None stay None.
-        trials: inputs of the same shapes, and what `run` gave for them.
 
     Returns:
-        The replay, a function of inputs of the same shapes; None, with a warning, if it does not give the same.
+        The replay, a function of inputs of the same shapes.
     """
     weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     buffers = cache.buffers
@@ -169,29 +193,22 @@ def record(model: torch.nn.Module, cache: Buffers, run: Run, inputs: Inputs, tri
             traced = torch._C._create_function_from_graph("forward", graph)
     finally:
         cache.buffers = buffers
-    return _checked(lambda *now: traced(*arguments(now)), trials)
+    return lambda *now: cast(torch.Tensor, traced(*arguments(now)))
 
 
-def compiled(run: Run, _: Inputs, trials: Trials) -> Run | None:
-    """The same by torch.compile: inductor's kernels on CPU, CUDA graphs on a GPU."""
+def compiled(run: Run) -> Run:
+    """The same by torch.compile, with inductor's kernels."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # inductor takes a second to import
 
     # Inductor's cache does not ask which processor a kernel was made for: one with fewer instructions, or limited to
     # fewer, gets NaN or dies of them. So each has a folder of its own, unless the user named one.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor" / machine())
-    mode = "reduce-overhead" if trials[0][1].device.type == "cuda" else None
-    graph = torch.compile(run, dynamic=False, mode=mode)
-
-    def replay(*now: torch.Tensor | None) -> torch.Tensor:
-        logits: torch.Tensor = graph(*now)
-        return logits.clone() if mode else logits  # the next replay of a CUDA graph writes into the same memory
-
-    with torch._dynamo.config.patch(recompile_limit=64):  # one for each batch and width
-        return _checked(replay, trials)
+    return cast(Run, torch.compile(run, dynamic=False))
 
 
 def _checked(replay: Run, trials: Trials) -> Run | None:
+    """The replay; None, with a warning, if it does not give what the trials say."""
     for inputs, expected in trials:
         # In half precision a compiled pass keeps more bits between operations.
         tolerance = 1e-3 if expected.dtype == torch.float32 else 2e-2 * float(expected.abs().max())

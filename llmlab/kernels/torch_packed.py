@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from llmlab.kernels.packing import Quantized
+
 GROUP_SIZES = (32, 64, 128, 256)  # that the 4-bit kernel takes
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
@@ -77,3 +79,21 @@ class Int8Product(torch.nn.Module):
         narrow = x.to(torch.bfloat16).contiguous()
         product: torch.Tensor = torch.ops.aten._weight_int8pack_mm(narrow, self.codes, self.scales)
         return product.to(x.dtype)
+
+
+def int4_product(matrix: Quantized, bits: int) -> Int4Product:
+    """By a matrix of up to 4 bits, groups of one of GROUP_SIZES; 2 and 3 bits take a nibble each, too."""
+    size = len(matrix.g_idx) // matrix.scales.shape[1]
+    in_order = torch.equal(matrix.g_idx.long(), torch.arange(len(matrix.g_idx)) // size)
+    order = None if in_order else torch.argsort(matrix.g_idx, stable=True)  # groups side by side again
+    codes = (matrix.codes if order is None else matrix.codes[:, order]).int()
+    zeros = matrix.zeros.int()  # [m, G]
+    if bits < 4:  # there is room to move the zero point to 8, the kernel's own, where nothing is rounded
+        codes += (8 - zeros).repeat_interleave(size, dim=1)
+        zeros = torch.full_like(zeros, 8)
+    return Int4Product(codes, matrix.scales, zeros, size, order)
+
+
+def int8_product(matrix: Quantized) -> Int8Product:
+    """By a matrix of 8 bits with one group, zero points in the middle."""
+    return Int8Product((matrix.codes.short() - 128).to(torch.int8), matrix.scales[:, 0])

@@ -141,7 +141,7 @@ class LM:
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous and with memory of its own: parts of a larger tensor (see `fewrows.stacked`) cannot be saved."""
+    """Contiguous and with memory of its own: parts of a larger tensor (see `kernels.stacking`) cannot be saved."""
     is_part = tensor.nbytes < tensor.untyped_storage().nbytes()
     return tensor.clone(memory_format=torch.contiguous_format) if is_part else tensor.contiguous()
 
