@@ -67,7 +67,9 @@ def add_verb(app: typer.Typer, function: Callable[..., Payload], example: str, *
     options["json_file"] = inspect.signature(command, eval_str=True).parameters["json_file"]
     by_name = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options.values()]
     command.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]  # typer reads it
-    app.command(function.__name__, help=inspect.getdoc(function), epilog=f"Example: llmlab {example}")(command)
+    app.command(
+        function.__name__.replace("_", "-"), help=inspect.getdoc(function), epilog=f"Example: llmlab {example}"
+    )(command)
 
 
 @dataclass

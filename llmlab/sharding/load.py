@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import zlib
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ def load_shard(rank: Rank, name: str, cuts: Cuts, dtype: str) -> Shard:
     if isinstance(kept, Shard):
         return kept
     rank.kept.clear()  # one model at a time
+    gc.collect()  # modules and their hooks are circles
     begin = time.perf_counter()
     source = resolve(name)
     revision = fingerprint(source)
