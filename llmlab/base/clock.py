@@ -35,6 +35,8 @@ def synchronize() -> None:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no hints for it
         for index in range(torch.cuda.device_count()):
             torch.cuda.synchronize(index)
+    if torch.backends.mps.is_available():
+        torch.mps.synchronize()
 
 
 def seconds_of(run: Callable[[], object]) -> float:

@@ -170,7 +170,7 @@ def choose_kernel(linear: QuantLinear) -> tuple[str, Multiply | None]:
         return INT4_CPU, _int4_cpu(linear, size)
     if cpu and linear.bits == 8 and linear.groups == 1 and bool((linear.zeros == 128).all()):
         return INT8_CPU, _int8_cpu(linear)
-    if not cpu:
+    if linear.qweight.device.type == "cuda":
         from llmlab.kernels.triton_packed import triton_matmul
 
         tensors = (linear.qweight, linear.qzeros, linear.scales, linear.g_idx)
