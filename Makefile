@@ -9,7 +9,7 @@ EXTRAS ?= $(if $(INSTALLED_EXTRAS),$(INSTALLED_EXTRAS),demo,dev)
 # An index with another build of torch; the ordinary one when empty.
 TORCH_INDEX ?= $(INSTALLED_INDEX)
 
-.PHONY: again lab test quick setup check peers notebooks figures constraints pins clean
+.PHONY: again lab test quick setup check peers gpu notebooks figures constraints pins clean
 .DEFAULT_GOAL := lab
 
 lab: $(STAMP)  ## run the notebooks into report/: pages, figures and index.html; no tracked file changes
@@ -77,6 +77,24 @@ peers: .peers/gptqmodel/.installed .peers/autogptq/.installed .peers/llamacpp/.i
 	@.peers/$*/bin/python -m pip install -qq --disable-pip-version-check setuptools==84.2.1 wheel packaging ninja $(BUILD_$*)
 	@.peers/$*/bin/python -m pip install -qq --disable-pip-version-check --no-build-isolation $(FLAGS_$*) -r peers/$*.txt
 	@touch $@
+
+# Records of one machine, by a name of its own: data/reference/$(NAME).jsonl. Benchmarks of a wrong path are worth nothing,
+# so the check comes first and ends all if a step fails.
+NAME ?= $(GPUS)-gpus
+GPUS ?= $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
+GPU_HOME := $(CURDIR)/data/runs/gpu
+
+gpu: export LLMLAB_HOME := $(GPU_HOME)
+gpu: $(STAMP)  ## on GPUs: llmlab gpu-check, then the benchmarks; records in data/reference/, pages in report/gpu
+	@mkdir -p $(GPU_HOME)
+	$(BIN)/llmlab gpu-check
+	$(BIN)/llmlab bench scoring --data everyday --limit 100
+	$(BIN)/llmlab bench decoding --per-kind 1 --no-compiled
+	$(BIN)/llmlab bench quantization --data everyday --no-peers --repeats 3
+	@test $(GPUS) -lt 2 || { set -x; $(BIN)/llmlab bench sharding --devices $(GPUS) --data everyday --limit 200; }
+	$(BIN)/llmlab report 01 04 05 --output $(CURDIR)/report/gpu
+	@cp $(GPU_HOME)/data/runs/records.jsonl data/reference/$(NAME).jsonl
+	@echo "== llmlab: records in data/reference/$(NAME).jsonl, pages in report/gpu/index.html"
 
 notebooks: export LLMLAB_FIGURES := $(CURDIR)/figures
 notebooks: $(STAMP)  ## execute the committed notebooks in place, figures into figures/; progress bars keep one line

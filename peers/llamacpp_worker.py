@@ -1,10 +1,12 @@
 """llama.cpp as a peer, in an environment of its own.
 
 Run this file with the Python of that environment. It reads one JSON object from standard input and writes one JSON
-object as the last line of standard output; whatever the library prints goes to standard error. One job:
+object as the last line of standard output; whatever the library prints goes to standard error. Two jobs:
 
+    {"job": "about"}
+        "gpu": whether it was built to compute on a GPU.
     {"job": "generate", "model": FILE.gguf, "prompts": [[ids], ...], "max_new_tokens": 128, "ends": [ids],
-     "threads": 2, "lookup": bool}
+     "threads": 2, "gpu": bool, "lookup": bool}
         decodes greedily, one prompt after the other, each at most so many tokens or up to an end token.
         "completions" holds for each its "ids" (the end token included), "seconds_first" (prompt to first token) and
         "seconds_decode" (the tokens after it). The model is loaded and warmed up before the clock runs.
@@ -29,7 +31,13 @@ def generate(request: dict[str, Any]) -> list[dict[str, Any]]:
     draft = LlamaPromptLookupDecoding(max_ngram_size=4, num_pred_tokens=10) if request["lookup"] else None
     threads = request["threads"]
     model = Llama(
-        request["model"], n_ctx=most, n_threads=threads, n_threads_batch=threads, draft_model=draft, verbose=False
+        request["model"],
+        n_ctx=most,
+        n_threads=threads,
+        n_threads_batch=threads,
+        draft_model=draft,
+        verbose=False,
+        n_gpu_layers=-1 if request.get("gpu") else 0,
     )
 
     def decode(prompt: list[int], limit: int) -> dict[str, Any]:
@@ -48,18 +56,24 @@ def generate(request: dict[str, Any]) -> list[dict[str, Any]]:
     return [decode(prompt, request["max_new_tokens"]) for prompt in request["prompts"]]
 
 
+def about() -> dict[str, Any]:
+    """What this build can do."""
+    from llama_cpp import llama_supports_gpu_offload
+
+    return {"gpu": bool(llama_supports_gpu_offload())}
+
+
 def main() -> int:
     """Answers one request; returns the exit status."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the library and its C code print
     try:
         request = json.load(sys.stdin)
-        if request.get("job") != "generate":
+        jobs = {"generate": lambda: {"completions": generate(request)}, "about": about}
+        if request.get("job") not in jobs:
             raise ValueError(f"unknown job {request.get('job')!r}")
-        answer: dict[str, Any] = {
-            "completions": generate(request),
-            "versions": {"llama-cpp-python": version("llama-cpp-python")},
-        }
+        answer: dict[str, Any] = jobs[request["job"]]()
+        answer["versions"] = {"llama-cpp-python": version("llama-cpp-python")}
     except Exception as error:
         answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     answers.write(json.dumps(answer) + "\n")

@@ -9,6 +9,9 @@ from pathlib import Path
 
 # Before llmlab or transformers is imported: no network, and records go to a folder of their own.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# No GPUs either: what is tested is the same everywhere. tests/test_gpu.py sees them, in a process of its own.
+os.environ["VISIBLE_GPUS"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["LLMLAB_HOME"] = tempfile.mkdtemp(prefix="llmlab-tests-")
 # `make test` runs two processes side by side, which share the cores: with more threads than cores, small products wait.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

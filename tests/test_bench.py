@@ -16,7 +16,7 @@ from llmlab.bench.challenge import challenge, synthetic_sequences
 from llmlab.bench.decoders import Decoder
 from llmlab.bench.decoding import Unit, _difference, bench_decoding
 from llmlab.bench.quantization import bench_quantization, variants
-from llmlab.bench.scoring import bench_scoring, best_batch_size, own_matmul_flops, own_matmuls
+from llmlab.bench.scoring import bench_scoring, best_batch_size, fits_memory, own_matmul_flops, own_matmuls
 from llmlab.bench.sharding import bench_sharding
 from llmlab.data import ENDING_TOKENS, QUESTION_TOKENS
 from llmlab.decoding.writer import Run
@@ -104,6 +104,13 @@ def test_the_baseline_is_tuned(llama, rows):
     size, seconds = best_batch_size(llama, rows[:3], min_runs=1)
     assert seconds[size] == min(seconds.values())
     assert set(seconds) == {1, 4, 8, 16, 32}
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_told():
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40.00 GiB.")
+
+    assert fits_memory(lambda: None) and not fits_memory(too_large)
 
 
 def test_peak_memory_sees_what_was_allocated():

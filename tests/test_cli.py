@@ -136,6 +136,7 @@ def test_every_verb_has_help_with_an_example(run):
         "quantize",
         "challenge",
         "report",
+        "gpu-check",
         "doctor",
     ):
         status, shown, _ = run(*verb.split(), "--help")

@@ -12,10 +12,11 @@ from llmlab.base import clock
 from llmlab.base.errors import InputError
 from llmlab.cli.main import doctor
 from llmlab.cli.terminal import console
-from llmlab.kernels import cuda
+from llmlab.kernels import cuda, fast
 from llmlab.kernels.cuda import BUILDS, Card, Nvidia, problem, serves, usable
+from llmlab.kernels.packed_linear import REFERENCE, QuantLinear, choose_kernel
 from llmlab.measure import environment
-from llmlab.model.lm import check_device
+from llmlab.model.lm import check_device, check_dtype
 from llmlab.sharding.launch import check_world
 
 CUDA13 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
@@ -220,3 +221,22 @@ def test_the_driver_says_its_version(server, tmp_path, monkeypatch, text):
     (tmp_path / "version").write_text(text)
     monkeypatch.setattr(cuda, "PROC", tmp_path / "version")
     assert cuda.nvidia().driver == re.search(r"\d{3}\.\d+\.\d+", text).group()
+
+
+def test_apples_gpu_is_a_device_of_fp32_and_fp16_alone(monkeypatch):
+    metal = torch.device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(InputError, match="there is no device 'mps' here"):
+        check_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert check_device("mps") == metal
+    assert check_device(None) == torch.device("cpu")  # nobody gets it unasked: it was not verified
+    assert (check_dtype(None, metal), fast.half_dtype(metal), fast.packed_dtype(metal)) == ("fp32", "fp16", "fp16")
+    with pytest.raises(InputError, match="choose fp16 or fp32"):
+        check_dtype("bf16", metal)
+    assert "not verified" in next(why for what, usable, why in environment.kernels() if "Apple" in what and usable)
+
+
+def test_packed_weights_elsewhere_than_on_cpus_and_nvidias_gpus_have_the_reference_kernel():
+    linear = QuantLinear(64, 64, 4, 2, bias=False).to("meta")  # as on Metal: neither torch's kernel nor Triton's
+    assert choose_kernel(linear) == (REFERENCE, None)

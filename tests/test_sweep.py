@@ -71,7 +71,7 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_grid_is_the_product_and_the_list_without_what_is_excluded(home):
+def test_a_grid_is_the_product_and_the_list_without_what_is_excluded(home, monkeypatch):
     write(home / "n.ipynb", "x")
     file = home / "mine.yaml"
     file.write_text(
@@ -97,6 +97,9 @@ def test_a_grid_is_the_product_and_the_list_without_what_is_excluded(home):
     (home / "home" / "notebooks").mkdir(parents=True)
     write(home / "home" / "notebooks" / "00_a.ipynb", "x")
     assert read_grid({"notebook": 0, "grid": {"x": [1]}}).name == "00_a"  # YAML reads 00 as a number
+    monkeypatch.setattr("llmlab.lab.sweep.grid.usable", lambda here: [0, 1])  # two GPUs: a run gets one unless told
+    gpus = [read_grid({"notebook": 0, "grid": {"x": [1]}} | more).gpus for more in ({}, {"gpus": 0}, {"gpus": 2})]
+    assert gpus == [1, 0, 2]
     fixed = read_grid({"notebook": str(home / "n.ipynb"), "grid": {"x": [1, 2]}, "fixed": {"name": "c"}})
     assert fixed.combinations == [{"name": "c", "x": 1}, {"name": "c", "x": 2}]
     assert fixed.varying == ["x"]

@@ -1,16 +1,18 @@
 """Trade-offs: which combinations make sense, a point of the grid measured for real, and what the records tell."""
 
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import pandas as pd
 import pytest
+import torch
 from conftest import CHECKOUT
 
 import llmlab
 from llmlab.base.errors import InputError
 from llmlab.base.stats import Metric
 from llmlab.bench.combination import BASELINE, Combination, combinations, comparable, recommended, speedups
-from llmlab.bench.tradeoff import Effort, Material, material, measure_point, perplexity_ratio
+from llmlab.bench.tradeoff import Effort, Material, check_precision, material, measure_point, perplexity_ratio
 from llmlab.data import fingerprint
 from llmlab.lab import figures, leaderboard
 from llmlab.lab.redraw import trade_offs
@@ -58,6 +60,15 @@ def test_the_grid_fits_its_notebook_and_holds_sensible_points_and_their_baseline
         point.check()
     assert len(set(points)) == len(points) >= 14
     assert BASELINE in points
+
+
+def test_bf16_is_refused_where_a_gpu_emulates_it(monkeypatch):
+    for capability, refused in (((7, 0), True), ((7, 5), True), ((8, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        with pytest.raises(InputError, match="measure precision fp16") if refused else nullcontext():
+            check_precision(Combination("bf16"), torch.device("cuda"))
+        check_precision(Combination("fp16"), torch.device("cuda"))
+    check_precision(Combination("bf16"), torch.device("cpu"))  # slow there, too, on some: a point of the grid
 
 
 def test_nothing_measured_is_calibrated_on():

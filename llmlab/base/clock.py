@@ -39,6 +39,8 @@ def synchronize() -> None:
         for index in range(torch.cuda.device_count()):
             if torch.cuda.memory_reserved(index):
                 torch.cuda.synchronize(index)
+    if torch.backends.mps.is_available():
+        torch.mps.synchronize()
 
 
 def seconds_of(run: Callable[[], object]) -> float:

@@ -11,6 +11,7 @@ from llmlab.sharding.cuts import Cuts
 METHODS = {
     "fp32": ("none",),
     "bf16": ("none",),
+    "fp16": ("none",),
     "8 bits": ("rtn", "gptq", "rotated gptq", "int8"),
     "4 bits": ("rtn", "gptq", "rotated gptq", "nf4"),
     "3 bits": ("rtn", "gptq", "rotated gptq"),

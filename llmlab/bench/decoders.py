@@ -91,15 +91,21 @@ class _FirstToken(StoppingCriteria):  # type: ignore[misc]  # transformers is un
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def llamacpp(gguf: str | None, new_tokens: int, ends: set[int]) -> tuple[list[Decoder], str]:
-    """llama.cpp on a 4-bit file, plain and with its lookup; and its version, or why it is not measured."""
+def llamacpp(gguf: str | None, new_tokens: int, lm: LM) -> tuple[list[Decoder], str]:
+    """llama.cpp on a 4-bit file, plain and with its lookup; and that it is measured, or why not.
+
+    It runs where `lm` does, the same model by torch: on a GPU with all of its layers, or not at all.
+    """
     reason = "the model is no .gguf file" if gguf is None else peers.missing("llamacpp")
+    on_gpu = lm.device.type == "cuda"
+    if not reason and on_gpu and not peers.call("llamacpp", {"job": "about"})["gpu"]:
+        reason = "it is built for CPUs: remove .peers/llamacpp and run CMAKE_ARGS=-DGGML_CUDA=on make peers"
     if reason:
         return [], reason
 
     def run(lookup: bool, prompts: list[list[int]]) -> Run:
-        ours = {"prompts": prompts, "ends": sorted(ends), "max_new_tokens": new_tokens, "lookup": lookup}
-        request = {"job": "generate", "model": gguf, "threads": torch.get_num_threads(), **ours}
+        ours = {"prompts": prompts, "ends": sorted(end_tokens(lm)), "max_new_tokens": new_tokens, "lookup": lookup}
+        request = {"job": "generate", "model": gguf, "threads": torch.get_num_threads(), "gpu": on_gpu, **ours}
         done = peers.call("llamacpp", request)["completions"]
         ids = [completion["ids"] for completion in done]
         first, decode = (sum(completion[name] for completion in done) for name in ("seconds_first", "seconds_decode"))

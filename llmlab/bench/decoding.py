@@ -16,7 +16,7 @@ from llmlab.base.stats import Metric
 from llmlab.bench.decoders import Decoder, llamacpp, own, transformers_generate
 from llmlab.data import Prompt
 from llmlab.decoding.engine import Engine
-from llmlab.decoding.generate import encode_prompts, end_tokens
+from llmlab.decoding.generate import encode_prompts
 from llmlab.decoding.writer import Run
 from llmlab.jobs.own_draft import self_4bit
 from llmlab.measure.record import Measurement, Row
@@ -67,7 +67,7 @@ def bench_decoding(
     `per_kind` at batch 1 and one unit in larger batches; `compile` measures torch.compile, too.
     """
     exact, source = Engine(lm), resolve(lm.name)
-    peer, reason = llamacpp(source.location if source.kind == "gguf" else None, new_tokens, end_tokens(lm))
+    peer, reason = llamacpp(source.location if source.kind == "gguf" else None, new_tokens, lm)
     single = _single_decoders(exact, half, self_4bit(lm), new_tokens, compile) + [*peer]
     bandwidth = measure_bandwidth(lm.device).value
     work = units(lm, prompts, 1, per_kind, new_tokens)
@@ -201,12 +201,12 @@ def summary(rows: Sequence[Row], exact: str, half: str | None) -> dict[str, floa
     errors = [abs(r["cost_model_error"]) for r in rows if r["kind"] == "all" and "cost_model_error" in r]
     return {
         "plain_speedup_vs_transformers": ratio("", exact, "transformers"),
-        "plain_speedup_vs_transformers_bf16": ratio("", half, "transformers"),
+        f"plain_speedup_vs_transformers_{half or 'half'}": ratio("", half, "transformers"),
         "int4_vs_llamacpp": ratio("", "4-bit", "llama.cpp"),
         "lookup_speedup_vs_plain": ratio("lookup", exact, "llmlab", kinds=copying),
         "lookup_speedup_vs_transformers": ratio("lookup", exact, "transformers", "lookup", copying),
         "self_draft_speedup": ratio("self-4bit", exact, "llmlab"),
-        "self_draft_speedup_bf16": ratio("self-4bit", half, "llmlab"),
+        f"self_draft_speedup_{half or 'half'}": ratio("self-4bit", half, "llmlab"),
         "batch8_worst_ratio": min((r["speedup_vs_plain"] for r in batched), default=None),
         "batch8_copying_ratio": min((r["speedup_vs_plain"] for r in batched if r["kind"] in COPYING), default=None),
         "cost_model_error": max(errors, default=None),

@@ -21,8 +21,8 @@ from llmlab.scoring.encode import Sequence, encode
 from llmlab.scoring.scores import Scores
 from llmlab.scoring.trie import question_tries
 
-LM_EVAL_BATCH_SIZES = (1, 4, 8, 16, 32)
-TUNING_QUESTIONS = 16
+LM_EVAL_BATCH_SIZES = {"cpu": (1, 4, 8, 16, 32), "cuda": (1, 4, 8, 16, 32, 64, 128, 256)}
+TUNING_QUESTIONS = {"cpu": 16, "cuda": 64}  # with four endings each as many rows as the largest batch
 MATMUL_ROWS = 1024
 
 
@@ -45,11 +45,25 @@ def harness_scorer(lm: LM, questions: list[Question], batch_size: int) -> Callab
 
 def best_batch_size(lm: LM, questions: list[Question], *, min_runs: int = 2) -> tuple[int, dict[int, float]]:
     """lm-evaluation-harness's fastest batch size here, and its median seconds for each, on the first questions."""
-    sample = questions[:TUNING_QUESTIONS]
-    runs = {str(size): harness_scorer(lm, sample, size) for size in LM_EVAL_BATCH_SIZES}
-    timings = compare(dict(runs), warmup=0, min_runs=min_runs)
-    seconds = {size: timings[str(size)].median.value for size in LM_EVAL_BATCH_SIZES}
+    on, runs = lm.device.type, dict[str, Callable[[], object]]()
+    for size in LM_EVAL_BATCH_SIZES[on]:
+        run = harness_scorer(lm, questions[: TUNING_QUESTIONS[on]], size)
+        if on == "cuda" and not fits_memory(run):  # nor will larger ones
+            break
+        runs[str(size)] = run
+    timings = compare(runs, warmup=0, min_runs=min_runs)
+    seconds = {int(size): timings[size].median.value for size in runs}
     return min(seconds, key=lambda size: seconds[size]), seconds
+
+
+def fits_memory(run: Callable[[], object]) -> bool:
+    """Run it; whether the device's memory was enough."""
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return True
 
 
 def bench_scoring(lm: LM, half: LM | None, questions: list[Question], *, repeats: int = 5) -> Measurement:
@@ -61,7 +75,7 @@ def bench_scoring(lm: LM, half: LM | None, questions: list[Question], *, repeats
 
     Raises InputError if prefixes cannot be shared on this model.
     """
-    models = {"": lm} | ({"_bf16": half} if half else {})
+    models = {"": lm} | ({f"_{half.dtype}": half} if half else {})
     for model in models.values():
         if reason := shared.trie_check(model).reason:
             raise InputError(f"there is no shared-prefix scoring of {lm.name} in {model.dtype} to measure: {reason}.")
@@ -86,8 +100,9 @@ def bench_scoring(lm: LM, half: LM | None, questions: list[Question], *, repeats
     flops = scoring_flops(lm, tries, sum(trie.asked for trie in tries))
     pairs = [("speedup_vs_lm_eval", "lm_eval", "shared"), ("speedup_vs_reference", "reference", "shared")]
     if half:
-        pairs += [("speedup_bf16", "lm_eval_bf16", "shared_bf16")]
-        pairs += [("speedup_bf16_vs_lm_eval_fp32", "lm_eval", "shared_bf16")]
+        name = half.dtype
+        pairs += [(f"speedup_{name}", f"lm_eval_{name}", f"shared_{name}")]
+        pairs += [(f"speedup_{name}_vs_lm_eval_fp32", "lm_eval", f"shared_{name}")]
     values = {name: speedup(timings[slow], timings[fast]) for name, slow, fast in pairs}
     agreements = {s: _agreement(questions, log_probs["lm_eval"], log_probs[f"shared{s}"]) for s in models}
     values["prediction_agreement"] = Metric(agreements[""]["prediction_agreement"])
@@ -102,11 +117,11 @@ def bench_scoring(lm: LM, half: LM | None, questions: list[Question], *, repeats
     details |= {"seconds": seconds, "seconds_all": {name: timing.seconds for name, timing in timings.items()}}
     for suffix, (size, tried) in tuning.items():
         details |= {f"lm_eval_batch_size{suffix}": size, f"lm_eval_tuning_seconds{suffix}": tried}
-    details |= {"half": half.dtype, "bf16": agreements["_bf16"]} if half else {}
+    details |= {"half": half.dtype, half.dtype: agreements[f"_{half.dtype}"]} if half else {}
     details["ablation"] = ablation(lm, half, questions, rates).to_dict("records")
     protocol = (
         f"from text, interleaved, median of {repeats}; baseline lm-evaluation-harness HFLM at its best of "
-        f"batch sizes {', '.join(map(str, LM_EVAL_BATCH_SIZES))}, same weights, dtype and threads"
+        f"batch sizes {', '.join(map(str, tuning[''][1]))}, same weights, dtype and threads"
     )
     settings = {"method": "shared", "half": half.dtype if half else "none"}
     values["seconds"] = Metric(seconds["shared"], "s")

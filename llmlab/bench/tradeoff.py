@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from llmlab.base.errors import InputError
 from llmlab.base.stats import Z95, Metric, median_interval, proportion
@@ -28,12 +29,12 @@ from llmlab.decoding.self_draft import SelfDraft
 from llmlab.jobs.over_ranks import ranks
 from llmlab.jobs.own_draft import named_drafts
 from llmlab.jobs.rank_parts import Options, generate_part
-from llmlab.kernels.fast import packed_dtype
+from llmlab.kernels.fast import half_dtype, packed_dtype
 from llmlab.measure.energy import availability, joules_per_1000_tokens, measure_energy
 from llmlab.measure.memory import peak_bytes
 from llmlab.measure.record import Measurement
 from llmlab.model.convert import with_dtype
-from llmlab.model.lm import LM
+from llmlab.model.lm import LM, check_device
 from llmlab.model.load import load
 from llmlab.quantization.calibration import calibration_rows
 from llmlab.quantization.grid import Scheme
@@ -95,6 +96,7 @@ def measure_point(
     """
     effort = effort or Effort()
     combination.check()
+    check_precision(combination, check_device(device))
     check_settings(given.prompts, effort.new_tokens, 0.0, 1.0, 1)
     if min(effort.timed, effort.repeats, effort.rows, effort.windows, len(given.questions)) < 1:
         raise InputError("a point needs at least one question, one timed question, one repeat, window and row.")
@@ -140,13 +142,19 @@ def measure_point(
     return lm, Measurement("trade-off", values, scored.n, protocol, scored.data, settings, memory_bytes=memory_bytes)
 
 
+def check_precision(combination: Combination, device: torch.device) -> None:
+    """Raise InputError for bf16 on a GPU that emulates it, several times slower than fp16."""
+    if combination.precision == "bf16" and device.type == "cuda" and half_dtype(device) != "bf16":
+        raise InputError(f"this GPU computes bf16 by emulation: measure precision {half_dtype(device)} here.")
+
+
 def transformed(exact: LM, combination: Combination, calibration: str, rows: int) -> LM:
-    """The fp32 model as the combination wants it: the same, bf16, or quantized with the activations fast here."""
+    """The fp32 model as the combination wants it: the same, halved, or quantized with the activations fast here."""
     method = combination.method
     if method in ("int8", "nf4"):
         return load(exact.name, dtype=packed_dtype(exact.device), device=exact.device, bitsandbytes=method)
     if method == "none":
-        return exact if combination.precision == "fp32" else with_dtype(exact, "bf16")
+        return exact if combination.precision == "fp32" else with_dtype(exact, combination.precision)
     bits = int(combination.precision.split()[0])
     # As notebook 03 and the benchmark do it: whole rows are fine enough for 8 bits, and plain rounding means no search.
     scheme = Scheme(8, -1, symmetric=True) if bits == 8 else Scheme(bits, 64, search=method != "rtn")

@@ -67,6 +67,26 @@ def challenge(
     return payload | {"track": track, "bills": [cost.as_dict() for cost in costs]}
 
 
+def gpu_check(
+    device: Annotated[str, Option(help="cuda, or cpu for the steps that need no GPU.")] = "cuda",
+    devices: Annotated[int | None, Option(help="Check N of them; by default all GPUs, or one CPU.")] = None,
+) -> Payload:
+    """Whether the GPUs here compute what the plain path computes, and how fast; under 10 minutes. Status 1 if not."""
+    from llmlab.bench.gpu_check.check import gpu_check as run
+
+    if devices is not None:
+        check_positive(devices=devices)
+    with console.status("gpu-check") as status:
+        lm, measured = run(device, devices, on_step=status.update)
+    rows = measured.details["steps"]
+    styles = [{"ok": "green", "FAILED": "red"}.get(row["state"], "dim") for row in rows]
+    console.print(make_table("gpu-check", rows, caption=measured.protocol, styles=styles))
+    for row in rows:
+        if row["state"] == "FAILED":  # on a line of its own: a command in it is to be copied
+            print_line(f"{row['step']}: {row['said']}", style="red")
+    return measured.details | ({"record": llmlab.record(lm, measured).as_dict()} if lm else {})
+
+
 @dataclass
 class Grid:
     """How weights are rounded: the settings of a quantization scheme."""

@@ -25,7 +25,7 @@ Payload = dict[str, Any]  # what --json writes
 Model = Annotated[
     str, Option(help="smollm2 (built in), owner/name[@revision] on the Hub, a folder, a .gguf or random:SHAPE.")
 ]
-Device = Annotated[str | None, Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")]
+Device = Annotated[str | None, Option(help="cpu, cuda, cuda:N or mps; by default an NVIDIA GPU where there is one.")]
 Dtype = Annotated[str | None, Option(help="fp32, bf16 or fp16; by default what suits the device.")]
 Data = Annotated[str, Option(help="everyday (built in), hellaswag, or a JSON Lines file.")]
 Limit = Annotated[int | None, Option(help="Use the first N questions; by default all.")]
@@ -67,7 +67,9 @@ def add_verb(app: typer.Typer, function: Callable[..., Payload], example: str, *
     options["json_file"] = inspect.signature(command, eval_str=True).parameters["json_file"]
     by_name = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options.values()]
     command.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]  # typer reads it
-    app.command(function.__name__, help=inspect.getdoc(function), epilog=f"Example: llmlab {example}")(command)
+    app.command(
+        function.__name__.replace("_", "-"), help=inspect.getdoc(function), epilog=f"Example: llmlab {example}"
+    )(command)
 
 
 @dataclass

@@ -111,8 +111,10 @@ def gain(weights: str, rows: int) -> float:
 def half_dtype(device: torch.device) -> str | None:
     """The half precision that is faster than fp32 on this device; None where none is.
 
-    On a GPU bf16 from compute capability 8.0, fp16 below, where bf16 is emulated.
+    On a GPU bf16 from compute capability 8.0, fp16 below, where bf16 is emulated; fp16 on Apple's.
     """
+    if device.type == "mps":
+        return "fp16"
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     faster = [name for name in ("bf16", "fp16") if gain(name, MANY) >= WORTH and gain(name, 1) >= 1]
@@ -127,8 +129,8 @@ def default_dtype(device: torch.device) -> str:
 
 def packed_dtype(device: torch.device) -> str:
     """Of the activations around packed weights: bf16, which torch's CPU kernels want, unless it is slow elsewhere."""
-    if device.type == "cuda":
-        return default_dtype(device)
+    if device.type != "cpu":
+        return half_dtype(device) or "fp32"
     return "bf16" if half_dtype(device) == "bf16" else "fp32"
 
 
@@ -136,6 +138,8 @@ def advice(device: torch.device) -> str:
     """One sentence: what this machine is good for."""
     if device.type == "cuda":
         return f"This GPU works in {default_dtype(device)}; 4-bit weights save memory and time when writing."
+    if device.type == "mps":
+        return "This GPU works in fp32, exactly, and in fp16; nothing of this was verified on one."
     half, four = half_dtype(device), gain("4 bits", 1)
     if half:
         first = (

@@ -200,7 +200,7 @@ def choose_kernel(linear: QuantLinear) -> tuple[str, Multiply | None]:
         return INT4_CPU, int4_product(linear.unpacked(), linear.bits)
     if cpu and linear.bits == 8 and linear.groups == 1 and bool((linear.zeros == 128).all()):
         return INT8_CPU, int8_product(linear.unpacked())
-    if linear.qweight.is_cuda and linear.sequential and size % 32 == 0:
+    if linear.qweight.device.type == "cuda" and linear.sequential and size % 32 == 0:
         from llmlab.kernels import triton_packed
 
         return TRITON, functools.partial(triton_packed.multiply, packed(linear))

@@ -97,6 +97,11 @@ def kernels() -> list[tuple[str, bool, str]]:
         ("fp32 matmul, CPU, oneDNN", faster, "faster than torch's default here" if faster else "not faster here"),
         *((f"{name} matmul, CPU", True, _half_on_cpu(fast.DTYPES[name])) for name in ("bf16", "fp16")),
         *((f"int{bits} packed matmul, CPU", True, "torch, activations rounded to bf16") for bits in (4, 8)),
+        (
+            "fp32, fp16 matmul, Apple's GPU",
+            (apple := torch.backends.mps.is_available()),
+            "--device mps; not verified" if apple else "no Metal device",
+        ),
         ("bf16 matmul, GPU", bf16_gpu, bf16_why if capability else NO_GPU),
         ("int4 packed matmul, GPU", False, "torch has one, llmlab uses Triton's"),
         ("2, 3, 4, 8-bit matmul, GPU, Triton", bool(cards) and "triton" in have, "package triton" if cards else NO_GPU),

@@ -119,7 +119,7 @@ def describe(lm: LM, result: Result, *, joules_per_1000_tokens: Metric | None = 
         model=lm.name,
         metrics=result.metrics() | energy,
         threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else "cpu",
+        device=torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else lm.device.type,
         track="exact" if lm.transformation == "none" else "open",
     )
 

@@ -56,7 +56,7 @@ def measure_peaks(
     """
     sizes = (1024, 2048) if device.type == "cpu" else (4096, 8192)
     shapes = list(shapes or [(size, size, size) for size in sizes])
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     bandwidth = measure_bandwidth(device, min_seconds=min_seconds)
     peaks = {}
     for dtype in dtypes:

@@ -161,6 +161,8 @@ def check_dtype(dtype: str | None, device: torch.device) -> str:
     short = DTYPE_ALIASES.get(dtype, dtype)
     if short not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
+    if short == "bf16" and device.type == "mps":
+        raise InputError("bf16 is not for Apple's GPUs: choose fp16 or fp32.")
     return short
 
 
@@ -180,9 +182,11 @@ def check_device(device: str | torch.device | None) -> torch.device:
     try:
         wanted = torch.device(device)
     except RuntimeError:
-        raise InputError(f"unknown device {device!r}: choose cpu, cuda or cuda:N.") from None
-    if wanted.type not in ("cpu", "cuda"):
-        raise InputError(f"unsupported device {device!r}: choose cpu, cuda or cuda:N.")
+        raise InputError(f"unknown device {device!r}: choose cpu, cuda, cuda:N or mps.") from None
+    if wanted.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"unsupported device {device!r}: choose cpu, cuda, cuda:N or mps.")
+    if wanted.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("there is no device 'mps' here: that is the GPU of Apple silicon, under macOS.")
     index = wanted.index or 0
     if wanted.type == "cuda" and index >= len(nvidia().cards):
         raise InputError(f"there is no device {str(device)!r} here: torch sees {len(good)} GPUs.")

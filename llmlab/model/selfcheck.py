@@ -200,7 +200,7 @@ def _sample(lm: LM) -> str:
     flat = [t.detach().reshape(-1)[:: max(1, t.numel() // 4)][:4] for t in tensors if t.device.type != "meta"]
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for values in flat:
-        by_device.setdefault(values.device, []).append(values.double())
+        by_device.setdefault(values.device, []).append(values.float())
     names = "".join(f"{type(m).__name__} " for m in lm.model.modules())
     digest = hashlib.sha256(names.encode())
     for values_there in by_device.values():

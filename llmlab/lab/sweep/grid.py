@@ -13,6 +13,7 @@ import yaml
 
 from llmlab.base.errors import InputError
 from llmlab.base.paths import PACKAGE, home
+from llmlab.kernels.cuda import nvidia, usable
 from llmlab.lab.attempt import Job
 from llmlab.lab.notebooks import check_parameters, find_notebooks
 from llmlab.sharding.plan import parse_bytes
@@ -94,7 +95,7 @@ def read_grid(grid: str | Path | Content) -> Grid:
 
     Its keys: `notebook`, `grid` (all combinations of the values), `list` (further combinations), `exclude`
     (combinations that agree with one of these are dropped), `fixed` (parameters of every run); for each run
-    `timeout` (seconds), `memory` ("4GiB"), `cores` (1) and `gpus` (0).
+    `timeout` (seconds), `memory` ("4GiB"), `cores` (1) and `gpus` (1 where there are GPUs, else 0; others are hidden).
 
     Raises InputError: an unreadable file, an unknown key, a value that `KEYS` does not allow, no combination, a
     parameter that the notebook lacks or whose value is no JSON.
@@ -120,7 +121,7 @@ def read_grid(grid: str | Path | Content) -> Grid:
     if not kept:
         raise InputError(f"{where} holds no combination of parameters: give `grid` or `list`, and exclude fewer.")
     memory = parse_bytes(content["memory"]) if "memory" in content else None
-    limits = content.get("cores", 1), content.get("gpus", 0), content.get("timeout"), memory
+    limits = content.get("cores", 1), content.get("gpus", int(bool(usable(nvidia())))), content.get("timeout"), memory
     return Grid(file.stem if file else notebook.stem, notebook, list(kept.values()), *limits)
 
 
