@@ -32,11 +32,13 @@ def run(names, limits, *options):
 
 @pytest.mark.slow
 @pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="the suite itself is that test")
-@pytest.mark.parametrize("names", [SUITE, REST, NOTEBOOKS], ids=["kernels", "rest", "notebooks"])
-def test_a_process_limited_to_avx2(names):
-    assert "passed" in run(names, AVX2, "-o", "addopts=-q --strict-markers")
+@pytest.mark.parametrize(
+    "names, which", [(SUITE, ""), (REST, "not slow"), (NOTEBOOKS, "")], ids=["kernels", "rest", "notebooks"]
+)
+def test_a_process_limited_to_avx2(names, which):
+    assert "passed" in run(names, AVX2, "-o", "addopts=-q --strict-markers", "-m", which)
 
 
 @pytest.mark.slow
 def test_a_process_that_reports_no_bf16():
-    assert "passed" in run(SUITE, WITHOUT_BF16, "-o", "addopts=-q --strict-markers")
+    assert "passed" in run(SUITE, WITHOUT_BF16, "-o", "addopts=-q --strict-markers", "-m", "not slow")
