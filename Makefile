@@ -13,11 +13,11 @@ TORCH_INDEX ?= $(INSTALLED_INDEX)
 .DEFAULT_GOAL := lab
 
 lab: $(STAMP)  ## run the notebooks into report/: pages, figures and index.html; no tracked file changes
-	@echo "== llmlab: running the notebooks into report/ (about 10 minutes on 2 cores; Ctrl-C ends it)"
+	@echo "== llmlab: running the notebooks into report/ (10 to 18 minutes on 2 cores; Ctrl-C ends it)"
 	@$(BIN)/llmlab report
 
 test: $(STAMP) check  ## lint, types and tests, the notebooks and older processors included
-	@echo "== llmlab: tests (about 17 minutes on 2 cores; make quick is the loop of daily work)"
+	@echo "== llmlab: tests (about 30 minutes on 2 cores; make quick is the loop of daily work)"
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 quick: $(STAMP) check  ## lint, types and the tests of what a change usually breaks
