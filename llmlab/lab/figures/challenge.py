@@ -29,7 +29,7 @@ def beside_leaderboard(rows: pd.DataFrame, title: str, limit: tuple[float, str] 
     end = 1.28 * rows.loc[rows["kind"] != "baseline", "seconds"].max()
     figure, axes = draw.canvas(title, 8.2, 1.6 + 0.31 * len(rows), xlim=(0, end * 1.02))
     axes.set(ylim=(-0.6, len(rows) + (0.3 if limit else -0.4)))
-    line = "; line: with transformers' own norms" if rows["slow"].notna().any() else ""
+    line = "; line: transformers' norms" if rows["slow"].notna().any() else ""
     axes.set_xlabel(f"seconds for {FULL_SET:,} questions (x: baseline over it{line})")
     for y, seconds, kind, slow in rows[["seconds", "kind", "slow"]].itertuples():
         colour, hatch, meaning = KINDS[kind]
