@@ -9,6 +9,9 @@ EXTRAS ?= $(if $(INSTALLED_EXTRAS),$(INSTALLED_EXTRAS),demo,dev)
 # An index with another build of torch; the ordinary one when empty.
 TORCH_INDEX ?= $(INSTALLED_INDEX)
 
+# Two processes side by side, which share the cores (see tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
 .PHONY: again lab test quick setup check peers gpu notebooks figures constraints pins clean
 .DEFAULT_GOAL := lab
 
@@ -18,11 +21,11 @@ lab: $(STAMP)  ## run the notebooks into report/: pages, figures and index.html;
 
 test: $(STAMP) check  ## lint, types and tests, the notebooks and older processors included
 	@echo "== llmlab: tests (about 30 minutes on 2 cores; make quick is the loop of daily work)"
-	@$(BIN)/python -m pytest -n 2 --dist worksteal
+	@$(PYTEST)
 
 quick: $(STAMP) check  ## lint, types and the tests of what a change usually breaks
 	@echo "== llmlab: quick tests (about 2 minutes on 2 cores)"
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations=3
+	@$(PYTEST) -m "not slow" --durations=3
 
 check: $(STAMP)
 	@echo "== llmlab: ruff and mypy (seconds; the first mypy run takes a minute)"

@@ -1,6 +1,6 @@
 """What a scoring job costs in electricity and money: as measured or projected, for this job and for a larger one."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -26,10 +26,6 @@ class Bill:
         kwh = "kWh unknown" if self.kwh is None else f"{self.kwh:.3g} kWh"
         money = "" if self.money is None else f", {self.money:,.4g} to pay"
         return f"{self.questions:,} questions: {hours}, {kwh}{money} ({self.how})"
-
-    def as_dict(self) -> dict[str, object]:
-        """All fields, ready for JSON."""
-        return asdict(self)
 
 
 def bills(

@@ -55,8 +55,8 @@ def challenge(
     job = partial(run, questions=questions, limit=n, dtype=dtype, layers=layers, devices=devices, **asdict(place))
     runs: list[tuple[llmlab.LM, Measurement]] = []
     on = check_device(place.device)
-    counted = on if devices > 1 or on.type == "cpu" else torch.device("cuda", on.index or 0)
-    energy = measure_energy(lambda: runs.append(job()), counted)
+    counted = torch.device("cuda", on.index or 0) if on.type == "cuda" else on
+    energy = measure_energy(lambda: runs.append(job()), counted, ranks=devices)
     lm, measured = runs[0]
     costs = bills(measured, energy, on, devices, price)
     track = "exact" if lm.transformation == "none" else "open"
@@ -64,7 +64,7 @@ def challenge(
     for cost in costs:
         print_line(cost)
     print_line(f"report:   {write_challenge_page(payload['record'], folder)}")
-    return payload | {"track": track, "bills": [cost.as_dict() for cost in costs]}
+    return payload | {"track": track, "bills": [asdict(cost) for cost in costs]}
 
 
 def gpu_check(

@@ -13,12 +13,12 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     cache: tuple[torch.Tensor, torch.Tensor],
-    start: Optional[torch.Tensor],  # noqa: UP045
-    slots: Optional[torch.Tensor],  # noqa: UP045
-    mask: Optional[torch.Tensor],  # noqa: UP045
+    start: Optional[torch.Tensor],  # noqa: UP045  # as TorchScript spells it
+    slots: Optional[torch.Tensor],  # noqa: UP045  # as TorchScript spells it
+    mask: Optional[torch.Tensor],  # noqa: UP045  # as TorchScript spells it
     scale: float,
     cap: float,
-    sinks: Optional[torch.Tensor],  # noqa: UP045
+    sinks: Optional[torch.Tensor],  # noqa: UP045  # as TorchScript spells it
 ) -> torch.Tensor:
     """Write this pass's keys and values, then attend to what the cache holds.
 

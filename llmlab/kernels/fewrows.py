@@ -81,8 +81,12 @@ def _widens(linear: torch.nn.Linear) -> bool:
 
 
 @whole
-def multiply(x: torch.Tensor, packed: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:  # noqa: UP045
-    """x W^T + b by oneDNN. TorchScript knows this spelling of the types alone."""
+def multiply(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    bias: Optional[torch.Tensor],  # noqa: UP045  # as TorchScript spells it
+) -> torch.Tensor:
+    """x W^T + b by oneDNN."""
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return product
 

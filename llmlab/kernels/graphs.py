@@ -19,6 +19,8 @@ from llmlab.base.clock import faster
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE
 
+BEYOND_CACHES = 2**27  # bytes, of any GPU
+
 Inputs = tuple[torch.Tensor | None, ...]
 Run = Callable[..., torch.Tensor]
 
@@ -67,6 +69,11 @@ def capture(graph: Graph, run: Run, inputs: Inputs) -> Run:
         return output.clone()
 
     return replay
+
+
+def copies(nbytes: int) -> int:
+    """How many matrices of so many bytes to time a kernel on: when one's turn comes again, no cache holds it."""
+    return min(16, 1 + BEYOND_CACHES // nbytes)
 
 
 def rows_up_to(

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from llmlab.kernels.graphs import rows_up_to
+from llmlab.kernels.graphs import copies, rows_up_to
 from llmlab.kernels.packing import Packed, Quantized, pack, unpack
 from llmlab.kernels.plain import slow_on_cpu
 from llmlab.kernels.torch_packed import GROUP_SIZES, Multiply, int4_product, int8_product
@@ -23,7 +23,6 @@ INT8_CPU = "torch int8 (CPU)"
 TRITON = "Triton (GPU)"
 ROUNDED_ROWS = 32  # rows that are rounded to bf16 where that is not the dtype: decoding; scoring stays exact
 CROSSINGS = (4, 16, 64, 256)  # rows at which the two are compared
-BEYOND_CACHES = 2**27  # bytes of packed weights to compare them on, on a GPU
 DECODE_ROWS = 8  # up to here a step is bound by reading the weights
 TOLERANCE = 0.02  # relative error of a packed product: bf16 has 8 bits
 
@@ -146,9 +145,7 @@ class QuantLinear(torch.nn.Module):
 
         A kernel that does not give the plain product's numbers here is not used, with one warning.
         """
-        if self.qweight.is_cuda:
-            self.sort_groups()
-        self.kernel, self.fast = choose_kernel(self)
+        self.choose()
         size, odd, device = self.in_features // self.groups, self.out_features % 64, self.qweight.device
         kind = (self.bits, size, self.groups > 1, self.order is None and self.sequential, odd)
         if self.fast and not agrees(self.kernel, kind, dtype, device):
@@ -157,6 +154,12 @@ class QuantLinear(torch.nn.Module):
         self.limit = crossover(*shape, self.bits, dtype, self.kernel, device) if self.fast else 0
         if dtype != torch.bfloat16 and self.kernel in (INT4_CPU, INT8_CPU):
             self.limit = min(self.limit, ROUNDED_ROWS)
+
+    def choose(self) -> None:
+        """Choose the kernel for this device and pack for it."""
+        if self.qweight.device.type == "cuda":
+            self.sort_groups()
+        self.kernel, self.fast = choose_kernel(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] in any float dtype to [..., out_features] in the same."""
@@ -219,12 +222,10 @@ def crossover(
     """Rows of `dtype` up to which the kernel beats dequantizing to a matmul, measured on matrices of this shape."""
     size = in_features if kernel == INT8_CPU else 32
     with device:
-        linears = [_random(in_features, out_features, bits, size)]
-        if device.type == "cuda":  # so many that the next one is not in a cache when its turn comes
-            copies = min(16, BEYOND_CACHES // linears[0].qweight.nbytes)
-            linears += [_random(in_features, out_features, bits, size) for _ in range(copies)]
+        count = copies(in_features * out_features * bits // 8) if device.type == "cuda" else 1
+        linears = [_random(in_features, out_features, bits, size) for _ in range(count)]
         for linear in linears:
-            linear.kernel, linear.fast = choose_kernel(linear)
+            linear.choose()
 
         def packed_product(rows: int) -> torch.Tensor:
             x = inputs[rows]
@@ -254,10 +255,8 @@ def agrees(kernel: str, kind: Kind, dtype: torch.dtype, device: torch.device) ->
         x = torch.randn(20, linear.in_features).to(dtype)
     exact = (x.double() @ linear.dequantize(torch.float32).double().T).to(device)
     linear, x = linear.to(device), x.to(device)
-    if device.type == "cuda":
-        linear.sort_groups()
     try:
-        linear.kernel, linear.fast = choose_kernel(linear)
+        linear.choose()
         products = [linear.fast(linear._ordered(x[:rows])) for rows in (3, 20) if linear.fast]  # few and more rows
         products += [linear.multiply_dequantized(x)] if linear.kernel == TRITON else []
         errors = [

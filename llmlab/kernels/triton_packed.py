@@ -12,12 +12,11 @@ from collections.abc import Callable
 import torch
 import triton
 
-from llmlab.kernels.graphs import rows_up_to
+from llmlab.kernels.graphs import copies, rows_up_to
 from llmlab.kernels.packing import Packed
 from llmlab.kernels.triton_kernels import dequantize_kernel, gemv_kernel, sum_kernel, tile_kernel
 
 ROWS = (1, 2, 4, 8, 16, 32)  # at which the two are compared
-BEYOND_CACHES = 2**27  # bytes of packed weights to compare them on
 CHUNK = 32  # inputs that fill whole words at any number of bits
 LANES, COLUMNS = 4, 128  # of a program of `gemv_kernel`: a warp a lane, four columns (16 bytes) a thread
 TILE_COLUMNS = 64
@@ -44,7 +43,7 @@ def few_rows(shape: tuple[int, int], bits: int, group_size: int, dtype: torch.dt
                 torch.rand(grid, dtype=torch.float16),
                 bits,
             )
-            for _ in range(min(16, 1 + BEYOND_CACHES // (inputs * outputs * bits // 8)))
+            for _ in range(copies(inputs * outputs * bits // 8))
         ]
         x = {rows: torch.randn(rows, inputs, dtype=dtype) for rows in ROWS}
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from llmlab.data import FULL_SET, Question
 from llmlab.decoding.engine import storage_bytes
 from llmlab.decoding.generate import generate
 from llmlab.decoding.lookup import PromptLookup
-from llmlab.jobs.over_ranks import SCHEDULES, ranks
+from llmlab.jobs.over_ranks import SCHEDULES, ranks, timeline
 from llmlab.jobs.rank_parts import Job
 from llmlab.model.card import ModelCard
 from llmlab.model.load import model_card
@@ -55,7 +56,7 @@ def links(given: Given) -> Finding:
     for a, b in pairs:
         source, target = (torch.empty(COPIED, dtype=torch.uint8, device=f"cuda:{index}") for index in (a, b))
         target.copy_(source)
-        rates.append(COPIED / min(seconds_of(lambda: target.copy_(source)) for _ in range(3)))  # noqa: B023
+        rates.append(COPIED / min(seconds_of(partial(target.copy_, source)) for _ in range(3)))
     told = f"no peer access from {', '.join(apart)}" if apart else "every pair has peer access"
     said = f"{told}; {min(rates) / 1e9:.1f} to {max(rates) / 1e9:.1f} GB/s from one to another"
     return Finding(min(rates) > 1e9, said, {"link_slowest": Metric(min(rates), "B/s")})
@@ -85,7 +86,7 @@ def completions(given: Given) -> Finding:
     for cuts in layouts(given, given.lm.card):
         own = prompts[: cuts.data]  # one for each replica
         for draft in (None, PromptLookup()):
-            options = {"max_new_tokens": NEW_TOKENS} | ({"draft": draft, "k": 4} if draft else {})
+            options = {"max_new_tokens": NEW_TOKENS, "draft": draft}
             ids = [completion.ids for completion in given.group.completions(BUILTIN, own, cuts, "fp32", options)]
             wrong += [f"{cuts.name}, {draft.name if draft else 'plain'}"] if ids != right[: cuts.data] else []
             tried += 1
@@ -117,18 +118,18 @@ def full_depth(given: Given) -> Finding:
     card, values, said = model_card(name), dict[str, Metric](), []
     # Random weights know no text: they are asked token ids.
     asked: Any = synthetic_sequences(n, card.vocab_size) if given.on_gpu else given.questions[:n]
+    memory = torch.cuda.get_device_properties(0).total_memory if given.on_gpu else psutil.virtual_memory().total
+    planned = {layout.name: layout for layout in plan(card, devices=given.devices, memory=memory).layouts}
     for cuts in (Cuts(pipeline=given.devices), Cuts(tensor=given.devices)):
         if cuts not in layouts(given, card):
             continue
-        memory = torch.cuda.get_device_properties(0).total_memory if given.on_gpu else psutil.virtual_memory().total
-        layout = next(one for one in plan(card, devices=given.devices, memory=memory).layouts if one.name == cuts.name)
-        if layout.problem:
-            said.append(f"{cuts.name}: {layout.problem}")
+        if problem := planned[cuts.name].problem:
+            said.append(f"{cuts.name}: {problem}")
             continue
         given.group.score_parts(name, asked[:4], cuts, dtype=given.dtype)  # loads and warms up
         parts = given.group.score_parts(name, asked, cuts, dtype=given.dtype)
         seconds = max(part.seconds for part in parts)
-        bubble = 1 - sum(end - start for part in parts for start, end in part.busy) / len(parts) / seconds
+        bubble = timeline(parts).bubble
         values |= {f"seconds_full_set {cuts.name}": Metric(seconds * FULL_SET / n, "s")}
         values |= {f"bubble {cuts.name}": Metric(bubble)}
         said.append(f"{cuts.name}: {seconds * FULL_SET / n:.0f} s for the full set, bubble {bubble:.1%}")
