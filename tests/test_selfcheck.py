@@ -1,5 +1,6 @@
 """A fast path serves a model only after it has given the plain path's numbers; what it fails on is scored plainly."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -173,6 +174,26 @@ def test_a_fast_path_that_forgets_the_window_is_caught_and_not_used(monkeypatch)
             scores = shared.log_probs(lm, rows)
         assert scores.log_probs == pytest.approx(definition(lm, rows), abs=1e-3)
     assert not shared.trie_check(lm).passed  # the outcome is kept, for this code
+
+
+@pytest.mark.parametrize("sharpness", [30, 1000])
+def test_a_model_that_magnifies_rounding_is_held_to_its_own_rounding(smollm2, sharpness):
+    model = copy.deepcopy(smollm2.model)
+    model.model.layers = model.model.layers[:8]
+    for layer in model.model.layers:  # attention so sharp that a rounding decides which token is seen
+        layer.self_attn.q_proj.weight *= sharpness
+    lm, exact = dataclasses.replace(smollm2, model=model), copy.deepcopy(model).double()
+
+    def in_fp64(forget=0):
+        rows = [torch.tensor([ids]) for ids in probe(lm)]
+        seen = [torch.ones_like(row) for row in rows]
+        seen[1][0, :forget] = 0
+        return torch.cat([exact(input_ids=r, attention_mask=s).logits[0] for r, s in zip(rows, seen, strict=True)])
+
+    difference = (in_fp64().log_softmax(-1) - plain_logits(lm).log_softmax(-1)).square().mean(-1).sqrt()
+    assert difference.max() > selfcheck.TOLERANCE["fp32"]
+    assert check(lm, "the exact pass", in_fp64, lambda: plain_logits(lm)).passed
+    assert not check(lm, "a token forgotten", lambda: in_fp64(forget=1), lambda: plain_logits(lm)).passed
 
 
 def test_a_window_longer_than_the_probe_is_checked_too(monkeypatch):

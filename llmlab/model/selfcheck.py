@@ -34,10 +34,14 @@ SHARED = 11  # tokens that both rows begin with
 WINDOW_NAMES = ("sliding_window", "attention_chunk_size", "attention_window_size", "sliding_window_size")
 # A position's difference is the root mean square over the vocabulary, in units of the log-probabilities' spread. By
 # rounding alone, in two orders of the same sums, it stays below (measured on SmolLM2, 30 layers: bf16 0.044, fp16
-# 0.005, fp32 1e-6); by a wrong mask, position, cap or sink it does not, at most of the probe's positions. In half
+# 0.005, fp32 3e-6 at most positions); by a wrong mask, position, cap or sink it does not, at most positions. In half
 # precision rounding sends a token to another expert now and then, so a quarter of the positions may differ there.
 TOLERANCE = {"fp32": 3e-4, "bf16": 0.1, "fp16": 0.02}
 ALIKE = {"fp32": 1.0, "bf16": 0.75, "fp16": 0.75}  # share of the positions that must be within it
+# Some tokens make huge activations, and after them the plain pass itself is off the exact one by a thousand times
+# fp32's rounding (Qwen2.5-Coder 0.5B: 3e-3 at one position of the probe). What such a position may differ by is what
+# the plain pass differs by when the embeddings are off by SHAKEN of their values, times eight.
+SHAKEN = 2.0**-18  # 32 roundings of fp32: about as many as a value goes through from the embedding to the head
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,8 @@ def check(lm: LM, path: str, fast: Callable[[], torch.Tensor], plain: Callable[[
         if not expected.isfinite().all():
             return Check(False, math.nan, "the plain path's own numbers are not finite")
         outcome = _compare(path, fast, expected, _rounding(lm))
+        if not outcome.passed and math.isfinite(outcome.difference) and _rounding(lm) == "fp32":
+            outcome = _compare(path, fast, expected, "fp32", 8 * _relative(_shaken(lm, plain), expected))
     _outcomes[key] = outcome
     with suppress(OSError), atomic(file) as temporary:  # without a cache the next process checks again
         temporary.write_text(json.dumps(identity | {"outcome": asdict(outcome)}))
@@ -156,21 +162,46 @@ def small_windows(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-def _compare(path: str, fast: Callable[[], torch.Tensor], expected: torch.Tensor, dtype: str) -> Check:
+def _compare(
+    path: str, fast: Callable[[], torch.Tensor], expected: torch.Tensor, dtype: str, allowed: torch.Tensor | None = None
+) -> Check:
+    """The outcome; `allowed`, by position, widens the tolerance where it is larger."""
     try:
         logits = fast()
-        difference = logits.float().log_softmax(-1) - expected
+        given = logits.float().log_softmax(-1)
+        relative = _relative(given, expected)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         text = " ".join(str(error).split())[:200]
         return Check(False, math.inf, f"{path} raised {type(error).__name__}: {text}")
-    largest = float(difference.abs().max())
-    spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt().clamp(min=1e-6)
-    relative = difference.square().mean(-1).sqrt().flatten() / spread  # [positions]
-    if float(relative.quantile(ALIKE[dtype])) <= TOLERANCE[dtype]:  # never true of NaN
+    largest = float((given - expected).abs().max())
+    in_tolerances = relative / TOLERANCE[dtype] if allowed is None else relative / allowed.clamp(min=TOLERANCE[dtype])
+    if float(in_tolerances.quantile(ALIKE[dtype])) <= 1:  # never true of NaN
         return Check(True, largest)
     return Check(False, largest, f"{path} differs from the plain forward pass by up to {largest:.2g} nats a token")
+
+
+def _relative(given: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """A difference [positions] of log-probabilities, in units of their spread."""
+    spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt().clamp(min=1e-6)
+    return (given - expected).square().mean(-1).sqrt().flatten() / spread
+
+
+def _shaken(lm: LM, plain: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The plain path's log-probabilities with every value of the embeddings off by up to SHAKEN of it."""
+    random = torch.Generator().manual_seed(0)
+
+    def shake(_: torch.nn.Module, __: object, embedded: torch.Tensor) -> torch.Tensor:
+        return embedded * (1 + SHAKEN * (2 * torch.rand(embedded.shape, generator=random) - 1).to(embedded))
+
+    hook = lm.model.get_input_embeddings().register_forward_hook(shake)
+    _last_plain[:] = [None, None]
+    try:
+        return plain().float().log_softmax(-1)
+    finally:
+        hook.remove()
+        _last_plain[:] = [None, None]
 
 
 _outcomes: dict[str, Check] = {}
