@@ -12,16 +12,20 @@ from typing import Protocol
 
 import torch
 
+from llmlab.kernels import native_packed
 from llmlab.kernels.graphs import copies, rows_up_to
+from llmlab.kernels.native import native
+from llmlab.kernels.native_packed import NativeProduct
 from llmlab.kernels.packing import Packed, Quantized, pack, unpack
 from llmlab.kernels.plain import slow_on_cpu
 from llmlab.kernels.torch_packed import GROUP_SIZES, Multiply, int4_product, int8_product
 
 REFERENCE = "dequantize, then matmul"
+NATIVE = "C++ (CPU)"
 INT4_CPU = "torch int4 (CPU)"
 INT8_CPU = "torch int8 (CPU)"
 TRITON = "Triton (GPU)"
-ROUNDED_ROWS = 32  # rows that are rounded to bf16 where that is not the dtype: decoding; scoring stays exact
+ROUNDED_ROWS = 32  # rows whose activations are rounded to less than their dtype: decoding; scoring stays exact
 CROSSINGS = (4, 16, 64, 256)  # rows at which the two are compared
 DECODE_ROWS = 8  # up to here a step is bound by reading the weights
 TOLERANCE = 0.02  # relative error of a packed product: bf16 has 8 bits
@@ -152,7 +156,7 @@ class QuantLinear(torch.nn.Module):
             self.kernel, self.fast = REFERENCE, None
         shape = (self.in_features, self.out_features)
         self.limit = crossover(*shape, self.bits, dtype, self.kernel, device) if self.fast else 0
-        if dtype != torch.bfloat16 and self.kernel in (INT4_CPU, INT8_CPU):
+        if self.kernel == NATIVE or (dtype != torch.bfloat16 and self.kernel in (INT4_CPU, INT8_CPU)):
             self.limit = min(self.limit, ROUNDED_ROWS)
 
     def choose(self) -> None:
@@ -199,6 +203,8 @@ def choose_kernel(linear: QuantLinear) -> tuple[str, Multiply | None]:
     """
     cpu = linear.qweight.device.type == "cpu"
     size = linear.in_features // linear.groups
+    if cpu and native_packed.takes(linear.in_features, size) and not native().problem:
+        return NATIVE, NativeProduct(linear.unpacked(), linear.bits)
     if cpu and linear.bits <= 4 and size in GROUP_SIZES:
         return INT4_CPU, int4_product(linear.unpacked(), linear.bits)
     if cpu and linear.bits == 8 and linear.groups == 1 and bool((linear.zeros == 128).all()):

@@ -1,0 +1,207 @@
+// A few rows of activations times a matrix of 4- or 8-bit codes: what each step of decoding waits for.
+//
+//   y[t, m] = sum over n of x[t, n] w[m, n],   w[m, n] = s[m, g] (q[m, n] - z[m, g]),   g: the group of column n.
+//
+// The work is to read the codes once, so x is rounded to int8, 32 values to a scale d (as llama.cpp's Q8), products are
+// sums of integers, and only their sums over 32 columns, a block, become floats:
+//
+//   y[t, m] = sum over g of s[m, g] (sum over the blocks b of g of d[t, b] (q . x8)[m, t, b] - z[m, g] X[t, g]),
+//   X[t, g] = sum over b of d[t, b] (sum of x8[t, b]).
+//
+// Layout: 16 outputs, a tile, stand side by side, so that a vector register holds 4 neighbouring columns of each of its
+// outputs, x8 is broadcast to all of them, and no sum goes across a register. See `native_packed.tiles`.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+constexpr int TILE = 16, BLOCK = 32;
+
+// Lanes: one number for each of WIDTH outputs. Sums: of products of nibbles (0 .. 15) and x8 (-127 .. 127).
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+constexpr int WIDTH = 16, ROWS = 8;  // ROWS: of x that share one unpacking of the codes, as many as registers hold
+using Bytes = __m512i;
+using Sums = __m512i;
+using Lanes = __m512;
+inline Bytes load(const uint8_t* codes) { return _mm512_loadu_si512(codes); }
+inline Bytes low(Bytes codes) { return _mm512_and_si512(codes, _mm512_set1_epi8(15)); }
+inline Bytes high(Bytes codes) { return low(_mm512_srli_epi16(codes, 4)); }
+inline Sums no_sums() { return _mm512_setzero_si512(); }
+inline Sums add(Sums sums, Bytes nibbles, int32_t x8) { return _mm512_dpbusd_epi32(sums, nibbles, _mm512_set1_epi32(x8)); }
+inline Lanes floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
+inline Lanes splat(float value) { return _mm512_set1_ps(value); }
+inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+inline Lanes load_halves(const at::Half* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+inline Lanes load_bytes(const uint8_t* from) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from))); }
+inline void store(float* to, Lanes lanes) { _mm512_storeu_ps(to, lanes); }
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8, ROWS = 4;
+using Bytes = __m256i;
+using Lanes = __m256;
+inline Bytes load(const uint8_t* codes) { return _mm256_loadu_si256((const __m256i*)codes); }
+inline Bytes low(Bytes codes) { return _mm256_and_si256(codes, _mm256_set1_epi8(15)); }
+inline Bytes high(Bytes codes) { return low(_mm256_srli_epi16(codes, 4)); }
+// Sixteen sums of two products each, in int16: a block adds 8 of at most 2 x 15 x 127 = 3,810, and 30,480 fits.
+using Sums = __m256i;
+inline Sums no_sums() { return _mm256_setzero_si256(); }
+inline Sums add(Sums sums, Bytes nibbles, int32_t x8) {
+  return _mm256_add_epi16(sums, _mm256_maddubs_epi16(nibbles, _mm256_set1_epi32(x8)));
+}
+inline Lanes floats(Sums sums) { return _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1))); }
+inline Lanes splat(float value) { return _mm256_set1_ps(value); }
+inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
+inline Lanes load_halves(const at::Half* from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+inline Lanes load_bytes(const uint8_t* from) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from))); }
+inline void store(float* to, Lanes lanes) { _mm256_storeu_ps(to, lanes); }
+#else  // any processor: the compiler makes vectors of these loops as it can
+constexpr int WIDTH = 16, ROWS = 1;
+struct Bytes { uint8_t at[WIDTH * 4]; };
+struct Sums { int32_t at[WIDTH]; };
+struct Lanes { float at[WIDTH]; };
+template <typename Result, int N, typename F> inline Result each(F f) {
+  Result result;
+  for (int i = 0; i < N; i++) result.at[i] = f(i);
+  return result;
+}
+inline Bytes load(const uint8_t* codes) { return each<Bytes, WIDTH * 4>([&](int i) { return codes[i]; }); }
+inline Bytes low(const Bytes& codes) { return each<Bytes, WIDTH * 4>([&](int i) { return codes.at[i] & 15; }); }
+inline Bytes high(const Bytes& codes) { return each<Bytes, WIDTH * 4>([&](int i) { return codes.at[i] >> 4; }); }
+inline Sums no_sums() { return {}; }
+inline Sums add(const Sums& sums, const Bytes& nibbles, int32_t x8) {
+  const int8_t* x = (const int8_t*)&x8;
+  return each<Sums, WIDTH>([&](int i) {
+    const uint8_t* q = nibbles.at + 4 * i;
+    return sums.at[i] + q[0] * x[0] + q[1] * x[1] + q[2] * x[2] + q[3] * x[3];
+  });
+}
+inline Lanes floats(const Sums& sums) { return each<Lanes, WIDTH>([&](int i) { return (float)sums.at[i]; }); }
+inline Lanes splat(float value) { return each<Lanes, WIDTH>([&](int) { return value; }); }
+inline Lanes multiply_add(const Lanes& a, const Lanes& b, const Lanes& c) {
+  return each<Lanes, WIDTH>([&](int i) { return a.at[i] * b.at[i] + c.at[i]; });
+}
+inline Lanes load_halves(const at::Half* from) { return each<Lanes, WIDTH>([&](int i) { return (float)from[i]; }); }
+inline Lanes load_bytes(const uint8_t* from) { return each<Lanes, WIDTH>([&](int i) { return (float)from[i]; }); }
+inline void store(float* to, const Lanes& lanes) { std::copy_n(lanes.at, WIDTH, to); }
+#endif
+
+struct Rows {  // x rounded: [rows, n] in int8, of each block its scale d, of each group X
+  std::vector<int8_t> x8;
+  std::vector<float> d, X;
+};
+
+template <typename T>
+void round_row(const T* x, const int64_t* order, int64_t n, int64_t group, int8_t* x8, float* d, float* X) {
+  for (int64_t b = 0; b < n / BLOCK; b++) {
+    float values[BLOCK], largest = 0;
+    for (int j = 0; j < BLOCK; j++) values[j] = (float)x[order ? order[b * BLOCK + j] : b * BLOCK + j];
+    for (int j = 0; j < BLOCK; j++) largest = std::max(largest, std::fabs(values[j]));
+    const float inverse = largest > 0 ? 127 / largest : 0;
+    int32_t sum = 0;
+    for (int j = 0; j < BLOCK; j++) {
+      const int32_t rounded = (int32_t)std::lrint(values[j] * inverse);
+      x8[b * BLOCK + j] = (int8_t)rounded;
+      sum += rounded;
+    }
+    d[b] = largest / 127;
+    X[b * BLOCK / group] += d[b] * sum;
+  }
+}
+
+// y of R rows and one tile. BITS 8: a byte is a code, whose two nibbles are multiplied by the same x8.
+template <int BITS, int R>
+void tile_rows(const uint8_t* codes, const at::Half* s, const uint8_t* z, int64_t n, int64_t group, const int8_t* x8,
+               const float* d, const float* X, float* y, int64_t stride) {
+  constexpr int VECTORS = BLOCK * BITS / 32;  // of a block and a tile: 4 bytes of each output
+  const int64_t blocks = n / BLOCK, groups = n / group, together = group / BLOCK;
+  for (int part = 0; part < TILE; part += WIDTH) {
+    Lanes total[R];
+    for (int t = 0; t < R; t++) total[t] = splat(0);
+    for (int64_t g = 0; g < groups; g++) {
+      Lanes sum[R];
+      const Lanes zero = load_bytes(z + g * TILE + part), scale = load_halves(s + g * TILE + part);
+      for (int t = 0; t < R; t++) sum[t] = multiply_add(zero, splat(-X[t * groups + g]), splat(0));
+      for (int64_t b = g * together; b < (g + 1) * together; b++) {
+        Sums lows[R], highs[R];
+        for (int t = 0; t < R; t++) lows[t] = highs[t] = no_sums();
+        for (int v = 0; v < VECTORS; v++) {
+          const Bytes packed = load(codes + ((b * VECTORS + v) * TILE + part) * 4);
+          const Bytes low_nibbles = low(packed), high_nibbles = high(packed);
+          for (int t = 0; t < R; t++) {
+            const int32_t* four = (const int32_t*)(x8 + t * n + b * BLOCK);
+            if constexpr (BITS == 8) {
+              lows[t] = add(lows[t], low_nibbles, four[v]);
+              highs[t] = add(highs[t], high_nibbles, four[v]);
+            } else {  // one sum is enough
+              lows[t] = add(add(lows[t], low_nibbles, four[2 * v]), high_nibbles, four[2 * v + 1]);
+            }
+          }
+        }
+        for (int t = 0; t < R; t++) {
+          Lanes dot = floats(lows[t]);
+          if constexpr (BITS == 8) dot = multiply_add(floats(highs[t]), splat(16), dot);
+          sum[t] = multiply_add(dot, splat(d[t * blocks + b]), sum[t]);
+        }
+      }
+      for (int t = 0; t < R; t++) total[t] = multiply_add(scale, sum[t], total[t]);
+    }
+    for (int t = 0; t < R; t++) store(y + t * stride + part, total[t]);
+  }
+}
+
+template <int BITS, int R = ROWS>
+void some_rows(int64_t rows, const uint8_t* codes, const at::Half* s, const uint8_t* z, int64_t n, int64_t group,
+               const int8_t* x8, const float* d, const float* X, float* y, int64_t stride) {
+  if (rows == R) return tile_rows<BITS, R>(codes, s, z, n, group, x8, d, X, y, stride);
+  if constexpr (R > 1) some_rows<BITS, R - 1>(rows, codes, s, z, n, group, x8, d, X, y, stride);
+}
+
+// x [rows, n], fp32, bf16 or fp16; codes uint8 [tiles, n / 32, 64 bits]; scales fp16 and zeros uint8 [tiles, groups, 16];
+// order: the column of x that stands at each column of the codes. To y [rows, outputs] in the dtype of x.
+at::Tensor packed_rows(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zeros,
+                       const std::optional<at::Tensor>& order, int64_t outputs) {
+  const int64_t rows = x.size(0), n = x.size(1), tiles = codes.size(0), groups = scales.size(1);
+  const int64_t bytes = codes.size(2), group = n / groups, padded = tiles * TILE;
+  TORCH_CHECK(x.is_contiguous() && codes.is_contiguous() && scales.is_contiguous() && zeros.is_contiguous());
+  TORCH_CHECK(codes.size(1) * BLOCK == n && (bytes == 256 || bytes == 512) && group % BLOCK == 0 && outputs <= padded);
+  const int64_t* columns = order ? order->const_data_ptr<int64_t>() : nullptr;
+  Rows in{std::vector<int8_t>(rows * n), std::vector<float>(rows * n / BLOCK), std::vector<float>(rows * groups)};
+  for (int64_t t = 0; t < rows; t++) {
+    int8_t* x8 = in.x8.data() + t * n;
+    float *d = in.d.data() + t * n / BLOCK, *X = in.X.data() + t * groups;
+    if (x.scalar_type() == at::kFloat) round_row(x.const_data_ptr<float>() + t * n, columns, n, group, x8, d, X);
+    else if (x.scalar_type() == at::kBFloat16) round_row(x.const_data_ptr<at::BFloat16>() + t * n, columns, n, group, x8, d, X);
+    else round_row(x.const_data_ptr<at::Half>() + t * n, columns, n, group, x8, d, X);
+  }
+  at::Tensor y = at::empty({rows, padded}, x.options().dtype(at::kFloat));
+  float* out = y.data_ptr<float>();
+  const uint8_t *q = codes.const_data_ptr<uint8_t>(), *z = zeros.const_data_ptr<uint8_t>();
+  const at::Half* s = scales.const_data_ptr<at::Half>();
+  const int64_t chunks = (rows + ROWS - 1) / ROWS;
+  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; tile++) {
+      for (int64_t chunk = 0; chunk < chunks; chunk++) {  // of equal size: the tile's codes are in the nearest cache now
+        const int64_t first = rows * chunk / chunks, last = rows * (chunk + 1) / chunks;
+        (bytes == 256 ? some_rows<4> : some_rows<8>)(
+            last - first, q + tile * (n / BLOCK) * bytes, s + tile * groups * TILE, z + tile * groups * TILE, n, group,
+            in.x8.data() + first * n, in.d.data() + first * (n / BLOCK), in.X.data() + first * groups,
+            out + first * padded + tile * TILE, padded);
+      }
+    }
+  });
+  return (padded == outputs ? y : y.slice(1, 0, outputs)).to(x.scalar_type());
+}
+}  // namespace
+
+TORCH_LIBRARY(llmlab, library) {
+  library.def("packed_rows(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor? order, int outputs) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(llmlab, CPU, library) { library.impl("packed_rows", &packed_rows); }
