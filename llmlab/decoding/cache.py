@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 
 from llmlab.base.errors import InputError
 from llmlab.decoding.attend import attend
+from llmlab.kernels.native import native
 from llmlab.kernels.plain import slow_on_cpu
 
 NAME = "llmlab_cache"
@@ -127,6 +128,9 @@ def cached_attention(
     if mask is not None and mask.shape[2] != rows:  # the config tells another number of KV heads
         mask = mask[:, :, : query.shape[2]].repeat(1, 1, rows // query.shape[2], 1)
     cap, sinks = asked.get("softcap") or 0.0, asked.get("s_aux")
+    if inputs.start is not None and mask is None and query.shape[2] == 1 and cap == 0 and sinks is None:
+        if query.device.type == "cpu" and not native().problem:  # a row alone, and a token of it
+            return torch.ops.llmlab.attend_token(query, key, value, *buffers, inputs.start, scale), None
     return attend(query, key, value, buffers, inputs.start, inputs.slots, mask, scale, cap, sinks), None
 
 

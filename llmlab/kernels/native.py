@@ -23,8 +23,9 @@ import torch
 
 from llmlab.base.errors import InputError
 from llmlab.base.paths import atomic, cache_folder
+from llmlab.base.progress import progress
 
-SOURCE = Path(__file__).with_name("packed_rows.cpp")
+SOURCE, HEADER = Path(__file__).with_name("rows.cpp"), Path(__file__).with_name("step.h")
 SECONDS = 300  # after which a compiler is given up
 X86 = ("x86_64", "amd64")
 LEVELS = {
@@ -49,7 +50,7 @@ class Native:
 
 @cache
 def native() -> Native:
-    """Compile the kernels, or find them compiled, and load them: `torch.ops.llmlab.packed_rows`. Once a process.
+    """Compile the kernels, or find them compiled, and load them: `torch.ops.llmlab`. Once a process.
 
     The first time takes about ten seconds. Without a compiler it tells so; a compiler that fails is worth a warning.
     LLMLAB_NATIVE=0 in the environment leaves the kernels out.
@@ -63,7 +64,7 @@ def native() -> Native:
     if command is None:
         return Native(at, "there is no C++ compiler (c++, or the one that CXX names)")
     folder = cache_folder() / "native"
-    file = folder / f"packed_rows-{_key(command, at)}.so"
+    file = folder / f"kernels-{_key(command, at)}.so"
     try:
         if not _loads(file):
             try:
@@ -71,7 +72,8 @@ def native() -> Native:
             except OSError:  # a folder that cannot be written: for this process, then
                 with tempfile.TemporaryDirectory() as temporary:
                     _compile(command, at, Path(temporary) / file.name)
-        torch.library.register_fake("llmlab::packed_rows", _shape)
+        for name, shape in SHAPES.items():
+            torch.library.register_fake(f"llmlab::{name}", shape)
     except (OSError, InputError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).split())[:300]
         warnings.warn(
@@ -114,13 +116,13 @@ def _libraries() -> list[str]:
 def _key(command: list[str], at: str) -> str:
     """Of everything that a library depends on."""
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=SECONDS, check=False)
-    parts = (SOURCE.read_text(), *command, version.stdout, *_flags(at), *_libraries(), torch.__version__)
+    parts = (SOURCE.read_text(), HEADER.read_text(), *command, version.stdout, *_flags(at), *_libraries(), torch.__version__)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _compile(command: list[str], at: str, file: Path) -> None:
     """Compile to a file that is there whole or not at all, and load it. Two processes at once do the same work twice."""
-    with atomic(file) as temporary:
+    with atomic(file) as temporary, progress(1, "compiling the C++ kernels, once", "library") as bar:
         done = subprocess.run(
             [*command, *_flags(at), str(SOURCE), "-o", str(temporary), *_libraries()],
             capture_output=True, text=True, timeout=SECONDS, check=False,
@@ -128,6 +130,7 @@ def _compile(command: list[str], at: str, file: Path) -> None:
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
             raise InputError(f"{shlex.join(command)} says {' '.join(errors[:1]) or f'exit {done.returncode}'}")
+        bar.update()
     torch.ops.load_library(str(file))
 
 
@@ -140,10 +143,22 @@ def _loads(file: Path) -> bool:
     return True
 
 
-def _shape(
+def _product(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, order: torch.Tensor | None,
     outputs: int,
 ) -> torch.Tensor:  # fmt: skip
-    """What `packed_rows` returns, for fake tensors."""
-    del codes, scales, zeros, order
-    return x.new_empty(x.shape[0], outputs)
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+def _like(x: torch.Tensor, *rest: torch.Tensor | float) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _attended(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: torch.Tensor | float
+) -> torch.Tensor:
+    return query.new_empty(1, 1, query.shape[1], value.shape[3])
+
+
+# What each operator returns, for fake tensors.
+SHAPES = {"packed_rows": _product, "rms_norm": _like, "gated": _like, "rotate": _like, "attend_token": _attended}

@@ -1,4 +1,4 @@
-"""The C++ kernel over packed weights (packed_rows.cpp): 2 to 8 bits in groups, a few rows of activations.
+"""The C++ kernel over packed weights (rows.cpp): 2 to 8 bits in groups, a few rows of activations.
 
 Activations are rounded to int8 by 32s, each product by about 0.5 %, where 4-bit weights themselves are off by 3 %. Sums
 are exact integers in a block of 32 and fp32 above it. The layout keeps the codes, scales and zero points as they are:
@@ -11,7 +11,7 @@ import torch
 
 from llmlab.kernels.packing import Quantized
 
-TILE, BLOCK = 16, 32  # as in packed_rows.cpp: outputs side by side, columns that are summed as integers
+TILE, BLOCK = 16, 32  # as in rows.cpp: outputs side by side, columns that are summed as integers
 
 
 def takes(in_features: int, group_size: int) -> bool:
@@ -20,7 +20,7 @@ def takes(in_features: int, group_size: int) -> bool:
 
 
 class NativeProduct(torch.nn.Module):
-    """x [rows, n] -> x W^T [rows, m] in the dtype of x, for W[:, j] = (codes[:, j] - zeros) scales.
+    """x [..., n] -> x W^T [..., m] in the dtype of x, for W[:, j] = (codes[:, j] - zeros) scales.
 
     Buffers (T tiles of 16 outputs, G groups):
         codes: uint8 [T, n / 32, 256 or 512], see `tiles`.
@@ -50,7 +50,7 @@ class NativeProduct(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The product."""
         product: torch.Tensor = torch.ops.llmlab.packed_rows(
-            x.contiguous(), self.codes, self.scales, self.zeros, self.order, self.outputs
+            x, self.codes, self.scales, self.zeros, self.order, self.outputs
         )
         return product
 

@@ -168,7 +168,8 @@ class QuantLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] in any float dtype to [..., out_features] in the same."""
         if self.fast is not None and x.numel() <= self.limit * self.in_features:
-            out = self.fast(self._ordered(x.reshape(-1, self.in_features))).view(*x.shape[:-1], self.out_features)
+            rows = x if self.kernel == NATIVE else self._ordered(x.reshape(-1, self.in_features))
+            out = self.fast(rows).view(*x.shape[:-1], self.out_features)
             return out if self.bias is None else out + self.bias.to(x.dtype)
         if self.fast is None and x.numel() <= DECODE_ROWS * self.in_features:
             sizes = ", ".join(map(str, GROUP_SIZES))

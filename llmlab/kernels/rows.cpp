@@ -10,15 +10,9 @@
 //
 // Layout: 16 outputs, a tile, stand side by side, so that a vector register holds 4 neighbouring columns of each of its
 // outputs, x8 is broadcast to all of them, and no sum goes across a register. See `native_packed.tiles`.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <vector>
+#include "step.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -164,23 +158,22 @@ void some_rows(int64_t rows, const uint8_t* codes, const at::Half* s, const uint
   if constexpr (R > 1) some_rows<BITS, R - 1>(rows, codes, s, z, n, group, x8, d, X, y, stride);
 }
 
-// x [rows, n], fp32, bf16 or fp16; codes uint8 [tiles, n / 32, 64 bits]; scales fp16 and zeros uint8 [tiles, groups, 16];
-// order: the column of x that stands at each column of the codes. To y [rows, outputs] in the dtype of x.
-at::Tensor packed_rows(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zeros,
-                       const std::optional<at::Tensor>& order, int64_t outputs) {
-  const int64_t rows = x.size(0), n = x.size(1), tiles = codes.size(0), groups = scales.size(1);
+// x [..., n], fp32, bf16 or fp16; codes uint8 [tiles, n / 32, 64 bits]; scales fp16 and zeros uint8 [tiles, groups, 16];
+// order: the column of x that stands at each column of the codes. To y [..., outputs] in the dtype of x.
+at::Tensor packed_rows(const at::Tensor& given, const at::Tensor& codes, const at::Tensor& scales,
+                       const at::Tensor& zeros, const std::optional<at::Tensor>& order, int64_t outputs) {
+  const at::Tensor x = given.contiguous();
+  const int64_t n = x.size(-1), rows = x.numel() / n, tiles = codes.size(0), groups = scales.size(1);
   const int64_t bytes = codes.size(2), group = n / groups, padded = tiles * TILE;
-  TORCH_CHECK(x.is_contiguous() && codes.is_contiguous() && scales.is_contiguous() && zeros.is_contiguous());
+  TORCH_CHECK(codes.is_contiguous() && scales.is_contiguous() && zeros.is_contiguous());
   TORCH_CHECK(codes.size(1) * BLOCK == n && (bytes == 256 || bytes == 512) && group % BLOCK == 0 && outputs <= padded);
   const int64_t* columns = order ? order->const_data_ptr<int64_t>() : nullptr;
   Rows in{std::vector<int8_t>(rows * n), std::vector<float>(rows * n / BLOCK), std::vector<float>(rows * groups)};
-  for (int64_t t = 0; t < rows; t++) {
-    int8_t* x8 = in.x8.data() + t * n;
-    float *d = in.d.data() + t * n / BLOCK, *X = in.X.data() + t * groups;
-    if (x.scalar_type() == at::kFloat) round_row(x.const_data_ptr<float>() + t * n, columns, n, group, x8, d, X);
-    else if (x.scalar_type() == at::kBFloat16) round_row(x.const_data_ptr<at::BFloat16>() + t * n, columns, n, group, x8, d, X);
-    else round_row(x.const_data_ptr<at::Half>() + t * n, columns, n, group, x8, d, X);
-  }
+  LLMLAB_DISPATCH(x.scalar_type(), "packed_rows", [&] {
+    for (int64_t t = 0; t < rows; t++)
+      round_row(x.const_data_ptr<scalar_t>() + t * n, columns, n, group, in.x8.data() + t * n,
+                in.d.data() + t * n / BLOCK, in.X.data() + t * groups);
+  });
   at::Tensor y = at::empty({rows, padded}, x.options().dtype(at::kFloat));
   float* out = y.data_ptr<float>();
   const uint8_t *q = codes.const_data_ptr<uint8_t>(), *z = zeros.const_data_ptr<uint8_t>();
@@ -197,11 +190,23 @@ at::Tensor packed_rows(const at::Tensor& x, const at::Tensor& codes, const at::T
       }
     }
   });
-  return (padded == outputs ? y : y.slice(1, 0, outputs)).to(x.scalar_type());
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = outputs;
+  return (padded == outputs ? y : y.slice(1, 0, outputs)).to(x.scalar_type()).reshape(shape);
 }
 }  // namespace
 
 TORCH_LIBRARY(llmlab, library) {
   library.def("packed_rows(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor? order, int outputs) -> Tensor");
+  library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  library.def("gated(Tensor a, Tensor b) -> Tensor");
+  library.def("rotate(Tensor x, Tensor cos, Tensor sin, int half) -> Tensor");
+  library.def("attend_token(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor start, float scale) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(llmlab, CPU, library) { library.impl("packed_rows", &packed_rows); }
+TORCH_LIBRARY_IMPL(llmlab, CPU, library) {
+  library.impl("packed_rows", &packed_rows);
+  library.impl("rms_norm", &rms_norm);
+  library.impl("gated", &gated);
+  library.impl("rotate", &rotate);
+  library.impl("attend_token", &attend_token);
+}

@@ -1,0 +1,138 @@
+// What stands between the matrices of a decode step: each of these is five to fifteen of torch's operations, whose
+// launches take longer than their work on one token. The compiler makes vectors of the loops.
+#pragma once
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#define LLMLAB_DISPATCH(TYPE, NAME, ...) \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, TYPE, NAME, __VA_ARGS__)
+
+namespace {
+constexpr int LANES = 16;
+
+// e^x = 2^n e^r, |r| <= ln 2 / 2; Taylor's series to r^6 is off by 3e-8 there.
+inline float exponential(float x) {
+  x = std::min(std::max(x, -87.f), 88.f);
+  const float n = (float)(int32_t)(x * 1.44269504f + (x < 0 ? -0.5f : 0.5f));
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  const float e = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
+  return e * std::bit_cast<float>(((int32_t)n + 127) << 23);
+}
+
+template <typename A, typename B> float dot(const A* a, const B* b, int64_t n) {
+  float lanes[LANES] = {}, sum = 0;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    for (int j = 0; j < LANES; j++) lanes[j] += (float)a[i + j] * (float)b[i + j];
+  for (; i < n; i++) sum += (float)a[i] * (float)b[i];
+  for (int j = 0; j < LANES; j++) sum += lanes[j];
+  return sum;
+}
+
+// y = x / sqrt(|x|^2 / n + eps) * w, rounded to the dtype of x before the product as models do. x [..., n].
+at::Tensor rms_norm(const at::Tensor& given, const at::Tensor& weight, double eps) {
+  const at::Tensor x = given.contiguous(), w = weight.to(x.scalar_type()).contiguous();
+  at::Tensor y = at::empty_like(x);
+  const int64_t n = x.size(-1), rows = x.numel() / n;
+  LLMLAB_DISPATCH(x.scalar_type(), "rms_norm", [&] {
+    const scalar_t *in = x.const_data_ptr<scalar_t>(), *scale = w.const_data_ptr<scalar_t>();
+    scalar_t* out = y.data_ptr<scalar_t>();
+    for (int64_t row = 0; row < rows; row++, in += n, out += n) {
+      const float inverse = 1 / std::sqrt(dot(in, in, n) / n + (float)eps);
+      for (int64_t i = 0; i < n; i++) out[i] = (scalar_t)((float)(scalar_t)((float)in[i] * inverse) * (float)scale[i]);
+    }
+  });
+  return y;
+}
+
+// silu(a) b = a / (1 + e^-a) b. a and b [..., n], rows of n numbers side by side, such as the halves of one product.
+at::Tensor gated(const at::Tensor& given, const at::Tensor& other) {
+  const int64_t n = given.size(-1);
+  const at::Tensor a = given.reshape({-1, n}), b = other.reshape({-1, n});
+  at::Tensor y = at::empty(given.sizes(), given.options());
+  TORCH_CHECK(a.stride(1) == 1 && b.stride(1) == 1 && a.sizes() == b.sizes() && a.dtype() == b.dtype());
+  LLMLAB_DISPATCH(a.scalar_type(), "gated", [&] {
+    for (int64_t row = 0; row < a.size(0); row++) {
+      const scalar_t* gate = a.const_data_ptr<scalar_t>() + row * a.stride(0);
+      const scalar_t* up = b.const_data_ptr<scalar_t>() + row * b.stride(0);
+      scalar_t* out = y.data_ptr<scalar_t>() + row * n;
+      for (int64_t i = 0; i < n; i++) {
+        const float value = (float)gate[i];
+        out[i] = (scalar_t)((float)(scalar_t)(value / (1 + exponential(-value))) * (float)up[i]);
+      }
+    }
+  });
+  return y;
+}
+
+// Rotary positions: y = x cos + [-x2, x1] sin, x1 the first `half` numbers of x. x [b, heads, width, d]; cos, sin
+// [b or 1, 1, width, d].
+at::Tensor rotate(const at::Tensor& x, const at::Tensor& cosine, const at::Tensor& sine, int64_t half) {
+  const at::Tensor cos = cosine.expand({x.size(0), 1, x.size(2), x.size(3)}), sin = sine.expand_as(cos);
+  TORCH_CHECK(x.stride(3) == 1 && cos.stride(3) == 1 && sin.strides() == cos.strides() && x.dtype() == cos.dtype());
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  const int64_t d = x.size(3), rest = d - half;
+  LLMLAB_DISPATCH(x.scalar_type(), "rotate", [&] {
+    scalar_t* out = y.data_ptr<scalar_t>();
+    for (int64_t b = 0; b < x.size(0); b++)
+      for (int64_t head = 0; head < x.size(1); head++)
+        for (int64_t t = 0; t < x.size(2); t++, out += d) {
+          const scalar_t* in = x.const_data_ptr<scalar_t>() + b * x.stride(0) + head * x.stride(1) + t * x.stride(2);
+          const scalar_t* c = cos.const_data_ptr<scalar_t>() + b * cos.stride(0) + t * cos.stride(2);
+          const scalar_t* s = sin.const_data_ptr<scalar_t>() + b * cos.stride(0) + t * cos.stride(2);
+          for (int64_t i = 0; i < rest; i++) out[i] = (scalar_t)((float)in[i] * (float)c[i] - (float)in[half + i] * (float)s[i]);
+          for (int64_t i = rest; i < d; i++) out[i] = (scalar_t)((float)in[i] * (float)c[i] + (float)in[i - rest] * (float)s[i]);
+        }
+  });
+  return y;
+}
+
+// One token of one row: write its key and value into the cache at `start`, then attend to all that the cache holds.
+// query [1, heads, 1, d], key and value [1, kv_heads, 1, d], keys and values [1, kv_heads, capacity, d], start []:
+// [1, 1, heads, d] in the dtype of query.
+at::Tensor attend_token(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor keys,
+                        at::Tensor values, const at::Tensor& start, double scale) {
+  const int64_t heads = query.size(1), groups = heads / key.size(1), d = query.size(3), dv = value.size(3);
+  const int64_t position = *start.const_data_ptr<int64_t>(), seen = position + 1;
+  TORCH_CHECK(query.size(0) == 1 && query.size(2) == 1 && seen <= keys.size(2) && position >= 0);
+  TORCH_CHECK(keys.stride(3) == 1 && values.stride(3) == 1 && keys.dtype() == values.dtype());
+  keys.select(2, position).copy_(key.select(2, 0));
+  values.select(2, position).copy_(value.select(2, 0));
+  const at::Tensor q = query.to(at::kFloat).contiguous();
+  at::Tensor y = at::empty({1, 1, heads, dv}, q.options());
+  LLMLAB_DISPATCH(keys.scalar_type(), "attend_token", [&] {
+    const int64_t grain = std::max<int64_t>(1, 32768 / (seen * d));  // below it, threads cost more than they bring
+    at::parallel_for(0, heads, grain, [&](int64_t begin, int64_t end) {
+      std::vector<float> weights(seen);
+      for (int64_t head = begin; head < end; head++) {
+        const scalar_t* k = keys.const_data_ptr<scalar_t>() + head / groups * keys.stride(1);
+        const scalar_t* v = values.const_data_ptr<scalar_t>() + head / groups * values.stride(1);
+        const float* row = q.const_data_ptr<float>() + head * d;
+        float* out = y.data_ptr<float>() + head * dv;
+        float largest = -INFINITY, sum = 0;
+        for (int64_t t = 0; t < seen; t++) {
+          weights[t] = dot(row, k + t * keys.stride(2), d) * (float)scale;
+          largest = std::max(largest, weights[t]);
+        }
+        for (int64_t t = 0; t < seen; t++) weights[t] = exponential(weights[t] - largest);
+        for (int64_t t = 0; t < seen; t++) sum += weights[t];
+        std::fill_n(out, dv, 0.f);
+        for (int64_t t = 0; t < seen; t++) {
+          const float weight = weights[t] / sum;
+          for (int64_t i = 0; i < dv; i++) out[i] += weight * (float)v[t * values.stride(2) + i];
+        }
+      }
+    });
+  });
+  return y.to(query.scalar_type());
+}
+}  // namespace
