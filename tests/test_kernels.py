@@ -5,6 +5,7 @@ import torch
 
 from llmlab.kernels import fewrows
 from llmlab.kernels import packed_linear as module
+from llmlab.kernels.native import Native
 from llmlab.kernels.packed_linear import INT4_CPU, INT8_CPU, REFERENCE, QuantLinear
 from llmlab.kernels.packing import Quantized, pack, unpack
 from llmlab.quantization.grid import Scheme, rtn
@@ -20,6 +21,16 @@ def packed(bits=4, group_size=64, symmetric=False, rows=96, columns=128, shuffle
     return QuantLinear.pack(made, scheme.bits, torch.randn(rows) if bias else None)
 
 
+@pytest.fixture
+def without_native(monkeypatch):
+    """As on a machine without a C++ compiler."""
+    monkeypatch.setattr(module, "native", lambda: Native("AVX2", "there is no compiler"))
+    yield
+    module.agrees.cache_clear()
+    module.crossover.cache_clear()
+
+
+@pytest.mark.usefixtures("without_native")
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 64), (4, 32), (4, 64), (4, 128)])
 @pytest.mark.parametrize(
@@ -37,6 +48,7 @@ def test_int4_on_cpu_equals_the_reference(bits, group_size, shuffle, n, dtype):
     assert (linear(x).double() - exact).norm() < 0.01 * exact.norm()  # bf16 has 8 bits
 
 
+@pytest.mark.usefixtures("without_native")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_int8_on_cpu_equals_the_reference(dtype):
     linear = packed(8, -1, symmetric=True)
@@ -47,6 +59,7 @@ def test_int8_on_cpu_equals_the_reference(dtype):
     assert (linear(x).double() - exact).norm() < 0.01 * exact.norm()  # bf16 has 8 bits
 
 
+@pytest.mark.usefixtures("without_native")
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [

@@ -14,6 +14,7 @@ from llmlab.decoding.lookup import PromptLookup
 from llmlab.decoding.model_draft import as_draft
 from llmlab.decoding.self_draft import SelfDraft
 from llmlab.kernels.fast import packed_dtype
+from llmlab.kernels.native import native
 from llmlab.kernels.packed_linear import QuantLinear, prepare
 from llmlab.model.convert import with_dtype
 from llmlab.model.lm import LM
@@ -55,7 +56,8 @@ def self_4bit(lm: LM, quantized: LM | None = None) -> LM:
     if any(isinstance(m, QuantLinear) for m in lm.model.modules()):
         raise InputError(f"{lm.name} is quantized: its own 4-bit copy is itself. Draft with lookup or a smaller model.")
     packed = quantized or quantize(lm, method="rtn", scheme=Scheme(4, GROUP, search=False))
-    packed = with_dtype(packed, packed_dtype(lm.device) if lm.device.type == "cpu" else lm.dtype)
+    torchs = lm.device.type == "cpu" and bool(native().problem)  # whose kernels want activations of their own
+    packed = with_dtype(packed, packed_dtype(lm.device) if torchs else lm.dtype)
     model, scheme = packed.model, Scheme(4, GROUP)
     head = model.get_output_embeddings()
     if type(head) is torch.nn.Linear and head.in_features % GROUP == 0 and head.out_features % 8 == 0:

@@ -26,6 +26,7 @@ import torch
 
 from llmlab.base.clock import faster
 from llmlab.kernels.native import native
+from llmlab.kernels.native_packed import NativeProduct
 from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.kernels.plain import onednn_takes, slow_on_cpu, widened_linear
 from llmlab.kernels.replay import whole
@@ -236,15 +237,20 @@ def _joined(parts: list[QuantLinear]) -> QuantLinear | None:
         return None
     with torch.device("meta"):
         joined = QuantLinear(first.in_features, sum(outputs), first.bits, first.groups, first.bias is not None)
+    joined.g_idx, joined.order = first.g_idx, first.order
+    products = [m.fast for m in parts if isinstance(m.fast, NativeProduct)]
+    if len(products) == len(parts):
+        joined.kernel, joined.fast = first.kernel, NativeProduct.joined(products)
+        if joined.fast is None:
+            return None
     for name in ("qweight", "qzeros", "scales"):
         setattr(joined, name, stacked([getattr(m, name) for m in parts], dim=1))
-    joined.g_idx, joined.order = first.g_idx, first.order
     joined.bias = None if first.bias is None else torch.cat([m.bias for m in parts if m.bias is not None])
     return joined
 
 
 class FewOpsRMSNorm(torch.nn.Module):
-    """RMSNorm, x / sqrt(|x|^2 / n + eps) * w, in one operation; of torch's on CPU it is four, where models take eight."""
+    """RMSNorm, x / sqrt(|x|^2 / n + eps) * w, in one operation; of torch's, on CPU, in four."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         super().__init__()

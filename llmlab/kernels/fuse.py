@@ -54,7 +54,7 @@ def fused(plain: Run, graph: torch.Graph, inputs: int, arguments: list[torch.Ten
         value.setType(torch._C.TensorType.get())
     torch._C._jit_pass_peephole(graph)  # sizes become numbers: all other shapes are what they were
     torch._C._jit_pass_constant_propagation(graph)
-    torch._C._jit_pass_constant_pooling(graph)
+    torch._C._jit_pass_constant_pooling(graph)  # type: ignore[attr-defined]  # torch's hints lack it
     torch._C._jit_pass_cse(graph)
     for pattern, operation in (GATED, ROTATE):
         torch._C._jit_pass_custom_pattern_based_rewrite_graph(pattern, operation, graph)

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -76,9 +77,7 @@ def native() -> Native:
             torch.library.register_fake(f"llmlab::{name}", shape)
     except (OSError, InputError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).split())[:300]
-        warnings.warn(
-            f"the C++ kernels could not be compiled, so packed weights use torch's: {reason}", stacklevel=2
-        )
+        warnings.warn(f"the C++ kernels could not be compiled, so packed weights use torch's: {reason}", stacklevel=2)
         return Native(at, f"the compiler failed: {reason}")
     return Native(at)
 
@@ -116,12 +115,20 @@ def _libraries() -> list[str]:
 def _key(command: list[str], at: str) -> str:
     """Of everything that a library depends on."""
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=SECONDS, check=False)
-    parts = (SOURCE.read_text(), HEADER.read_text(), *command, version.stdout, *_flags(at), *_libraries(), torch.__version__)
+    parts = (
+        SOURCE.read_text(),
+        HEADER.read_text(),
+        *command,
+        version.stdout,
+        *_flags(at),
+        *_libraries(),
+        torch.__version__,
+    )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _compile(command: list[str], at: str, file: Path) -> None:
-    """Compile to a file that is there whole or not at all, and load it. Two processes at once do the same work twice."""
+    """Compile to a file that is there whole or not at all, and load it. Two processes at once do the work twice."""
     with atomic(file) as temporary, progress(1, "compiling the C++ kernels, once", "library") as bar:
         done = subprocess.run(
             [*command, *_flags(at), str(SOURCE), "-o", str(temporary), *_libraries()],
@@ -131,22 +138,21 @@ def _compile(command: list[str], at: str, file: Path) -> None:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
             raise InputError(f"{shlex.join(command)} says {' '.join(errors[:1]) or f'exit {done.returncode}'}")
         bar.update()
-    torch.ops.load_library(str(file))
+    torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 def _loads(file: Path) -> bool:
     """Whether the file is there and whole, and is loaded now."""
     try:
-        torch.ops.load_library(str(file))
+        torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
     except OSError:
         return False
     return True
 
 
 def _product(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, order: torch.Tensor | None,
-    outputs: int,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, outputs: int
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
 
 
@@ -154,11 +160,15 @@ def _like(x: torch.Tensor, *rest: torch.Tensor | float) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-def _attended(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: torch.Tensor | float
-) -> torch.Tensor:
+def _attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: torch.Tensor | float) -> torch.Tensor:
     return query.new_empty(1, 1, query.shape[1], value.shape[3])
 
 
 # What each operator returns, for fake tensors.
-SHAPES = {"packed_rows": _product, "rms_norm": _like, "gated": _like, "rotate": _like, "attend_token": _attended}
+SHAPES: dict[str, Callable[..., torch.Tensor]] = {
+    "packed_rows": _product,
+    "rms_norm": _like,
+    "gated": _like,
+    "rotate": _like,
+    "attend_token": _attended,
+}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from llmlab.kernels.packing import Quantized
+from llmlab.kernels.stacking import stacked
 
 TILE, BLOCK = 16, 32  # as in rows.cpp: outputs side by side, columns that are summed as integers
 
@@ -26,32 +26,42 @@ class NativeProduct(torch.nn.Module):
         codes: uint8 [T, n / 32, 256 or 512], see `tiles`.
         scales: fp16 [T, G, 16].
         zeros: uint8 [T, G, 16].
-        order: int64 [n], the column of x that stands at each column of the codes; None if in order.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor
-    order: torch.Tensor | None
 
-    def __init__(self, matrix: Quantized, bits: int) -> None:
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, outputs: int) -> None:
         super().__init__()
-        self.outputs, columns = matrix.codes.shape
-        in_order = torch.equal(matrix.g_idx.long(), torch.arange(columns) // (columns // matrix.scales.shape[1]))
-        order = None if in_order else torch.argsort(matrix.g_idx, stable=True)  # groups side by side again
-        codes = matrix.codes if order is None else matrix.codes[:, order]
-        padding = (0, 0, 0, -self.outputs % TILE)
-        pad = torch.nn.functional.pad
-        self.register_buffer("codes", tiles(pad(codes, padding), bits), persistent=False)
-        self.register_buffer("scales", _by_tile(pad(matrix.scales, padding)), persistent=False)
-        self.register_buffer("zeros", _by_tile(pad(matrix.zeros, padding)), persistent=False)
-        self.register_buffer("order", order, persistent=False)
+        self.outputs = outputs
+        for name, tensor in (("codes", codes), ("scales", scales), ("zeros", zeros)):
+            self.register_buffer(name, tensor, persistent=False)
+
+    @classmethod
+    def pack(cls, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> NativeProduct:
+        """From codes uint8 [m, n], the columns of a group side by side, scales fp16 and zeros uint8 [m, G]."""
+        outputs, padding = len(codes), (0, 0, 0, -len(codes) % TILE)
+        codes, scales, zeros = (torch.nn.functional.pad(tensor, padding) for tensor in (codes, scales, zeros))
+        return cls(tiles(codes, bits), _by_tile(scales), _by_tile(zeros), outputs)
+
+    @classmethod
+    def joined(cls, parts: list[NativeProduct]) -> NativeProduct | None:
+        """Several with the same input as one, without a second copy; None where a part is no whole number of tiles."""
+        if any(part.outputs % TILE for part in parts):
+            return None
+        codes, scales, zeros = (
+            stacked([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros")
+        )
+        return cls(codes, scales, zeros, sum(part.outputs for part in parts))
+
+    def unpacked(self) -> torch.Tensor:
+        """Codes uint8 [n, m], in the order in which they were packed."""
+        return untiled(self.codes)[: self.outputs].T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The product."""
-        product: torch.Tensor = torch.ops.llmlab.packed_rows(
-            x, self.codes, self.scales, self.zeros, self.order, self.outputs
-        )
+        product: torch.Tensor = torch.ops.llmlab.packed_rows(x, self.codes, self.scales, self.zeros, self.outputs)
         return product
 
 
@@ -68,6 +78,15 @@ def tiles(codes: torch.Tensor, bits: int) -> torch.Tensor:
         halves = codes.view(m // TILE, TILE, n // BLOCK, BLOCK // 8, 2, 4)
         by_vector = halves[..., 0, :] | (halves[..., 1, :] << 4)
     return by_vector.permute(0, 2, 3, 1, 4).reshape(m // TILE, n // BLOCK, -1)  # tile, block, vector, output, byte
+
+
+def untiled(tiles: torch.Tensor) -> torch.Tensor:
+    """The inverse of `tiles`: codes uint8 [m, n]."""
+    count, blocks, nbytes = tiles.shape
+    by_vector = tiles.view(count, blocks, nbytes // (4 * TILE), TILE, 4).permute(0, 3, 1, 2, 4)
+    if nbytes == 8 * 4 * TILE:
+        return by_vector.reshape(count * TILE, blocks * BLOCK)
+    return torch.stack([by_vector & 15, by_vector >> 4], dim=-2).reshape(count * TILE, blocks * BLOCK)
 
 
 def _by_tile(grid: torch.Tensor) -> torch.Tensor:

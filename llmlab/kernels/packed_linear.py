@@ -42,7 +42,7 @@ class QuantLinear(torch.nn.Module):
     """y = x W^T + b with W packed as in AutoGPTQ's checkpoints.
 
     Buffers (n input, m output features, G groups):
-        qweight: int32 [n * bits / 32, m], the codes, packed along the inputs.
+        qweight: int32 [n * bits / 32, m], the codes, packed along the inputs; [0, m] where the C++ kernel holds them.
         qzeros: int32 [G, m * bits / 32], zero points minus one, packed along the outputs.
         scales: fp16 [G, m].
         g_idx: int32 [n], the group of each input feature.
@@ -86,7 +86,7 @@ class QuantLinear(torch.nn.Module):
 
     def unpacked(self) -> Quantized:
         """The matrix that the buffers hold, its inputs in order."""
-        codes, g_idx = unpack(self.qweight, self.bits).T, self.g_idx
+        codes, g_idx = self.codes.T, self.g_idx
         if self.order is not None:
             place = torch.argsort(self.order)
             codes, g_idx = codes[:, place], g_idx[place]
@@ -103,7 +103,7 @@ class QuantLinear(torch.nn.Module):
             from llmlab.kernels import triton_packed
 
             return triton_packed.dequantize(packed(self), dtype)
-        codes = unpack(self.qweight, self.bits)  # [n, m]
+        codes = self.codes
         zeros = self.zeros.T.float()  # [G, m]
         scales = self.scales.float()
         if self.sequential:
@@ -114,6 +114,13 @@ class QuantLinear(torch.nn.Module):
             weight = (codes - zeros[groups]).mul_(scales[groups])
         plain: torch.Tensor = weight.to(dtype).T
         return plain
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """uint8 [n, m], the inputs as they are stored."""
+        if isinstance(self.fast, NativeProduct):
+            return self.fast.unpacked()
+        return unpack(self.qweight, self.bits)
 
     @property
     def zeros(self) -> torch.Tensor:
@@ -127,20 +134,20 @@ class QuantLinear(torch.nn.Module):
         return bool(torch.equal(self.g_idx.long(), expected))
 
     def sort_groups(self) -> None:
-        """Store the inputs by group, `order` says which: act-order scatters groups, a GPU's kernels want a word in one.
+        """Store the inputs by group, `order` says which: act-order scatters groups, kernels want their inputs together.
 
         Groups of different sizes stay as they are.
         """
         sizes = torch.bincount(self.g_idx, minlength=self.groups)
         if not self.sequential and bool((sizes == self.in_features // self.groups).all()):
             self.order = torch.argsort(self.g_idx, stable=True)
-            self.qweight = pack(unpack(self.qweight, self.bits)[self.order], self.bits)
+            self.qweight = pack(self.codes[self.order], self.bits)
             self.g_idx = self.g_idx[self.order]
             del self.sequential  # which is known anew
 
     def _save_to_state_dict(self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.order is not None:
+        if self.order is not None or not self.qweight.numel():
             whole = self.unpacked()
             destination[f"{prefix}qweight"], destination[f"{prefix}g_idx"] = pack(whole.codes.T, self.bits), whole.g_idx
 
@@ -153,6 +160,7 @@ class QuantLinear(torch.nn.Module):
         size, odd, device = self.in_features // self.groups, self.out_features % 64, self.qweight.device
         kind = (self.bits, size, self.groups > 1, self.order is None and self.sequential, odd)
         if self.fast and not agrees(self.kernel, kind, dtype, device):
+            self.qweight = pack(self.codes, self.bits)
             self.kernel, self.fast = REFERENCE, None
         shape = (self.in_features, self.out_features)
         self.limit = crossover(*shape, self.bits, dtype, self.kernel, device) if self.fast else 0
@@ -161,15 +169,22 @@ class QuantLinear(torch.nn.Module):
 
     def choose(self) -> None:
         """Choose the kernel for this device and pack for it."""
-        if self.qweight.device.type == "cuda":
+        if self.kernel == NATIVE:
+            return
+        if self.qweight.device.type == "cuda" or _native_takes(self):
             self.sort_groups()
         self.kernel, self.fast = choose_kernel(self)
+        if self.kernel == NATIVE:  # which holds the codes itself
+            self.qweight = self.qweight.new_empty(0, self.out_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] in any float dtype to [..., out_features] in the same."""
         if self.fast is not None and x.numel() <= self.limit * self.in_features:
-            rows = x if self.kernel == NATIVE else self._ordered(x.reshape(-1, self.in_features))
-            out = self.fast(rows).view(*x.shape[:-1], self.out_features)
+            x = self._ordered(x)
+            if self.kernel == NATIVE:
+                out = self.fast(x)
+            else:
+                out = self.fast(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
             return out if self.bias is None else out + self.bias.to(x.dtype)
         if self.fast is None and x.numel() <= DECODE_ROWS * self.in_features:
             sizes = ", ".join(map(str, GROUP_SIZES))
@@ -204,8 +219,8 @@ def choose_kernel(linear: QuantLinear) -> tuple[str, Multiply | None]:
     """
     cpu = linear.qweight.device.type == "cpu"
     size = linear.in_features // linear.groups
-    if cpu and native_packed.takes(linear.in_features, size) and not native().problem:
-        return NATIVE, NativeProduct(linear.unpacked(), linear.bits)
+    if linear.sequential and _native_takes(linear):
+        return NATIVE, NativeProduct.pack(linear.codes.T, linear.scales.T, linear.zeros, linear.bits)
     if cpu and linear.bits <= 4 and size in GROUP_SIZES:
         return INT4_CPU, int4_product(linear.unpacked(), linear.bits)
     if cpu and linear.bits == 8 and linear.groups == 1 and bool((linear.zeros == 128).all()):
@@ -215,6 +230,13 @@ def choose_kernel(linear: QuantLinear) -> tuple[str, Multiply | None]:
 
         return TRITON, functools.partial(triton_packed.multiply, packed(linear))
     return REFERENCE, None
+
+
+def _native_takes(linear: QuantLinear) -> bool:
+    """Whether the C++ kernel is here and serves groups of this size."""
+    size = linear.in_features // linear.groups
+    on_cpu = linear.qweight.device.type == "cpu"
+    return on_cpu and native_packed.takes(linear.in_features, size) and not native().problem
 
 
 def packed(linear: QuantLinear) -> Packed:

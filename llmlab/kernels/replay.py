@@ -196,12 +196,12 @@ def record(model: torch.nn.Module, cache: Buffers, run: Run, inputs: Inputs, *, 
             graph, _ = torch._C._create_graph_by_tracing(
                 body, tuple(arguments(inputs)), lambda _: "", True, False, None, []
             )
-            traced = torch._C._create_function_from_graph("forward", graph)
+            traced = cast(Run, torch._C._create_function_from_graph("forward", graph))
             if tensors[0].device.type == "cpu" and not native().problem:
                 traced = fused(traced, graph.copy(), len(given), arguments(inputs), coarse)
     finally:
         cache.buffers = buffers
-    return lambda *now: cast(torch.Tensor, traced(*arguments(now)))
+    return lambda *now: traced(*arguments(now))
 
 
 def compiled(run: Run) -> Run:

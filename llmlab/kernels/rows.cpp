@@ -93,10 +93,10 @@ struct Rows {  // x rounded: [rows, n] in int8, of each block its scale d, of ea
 };
 
 template <typename T>
-void round_row(const T* x, const int64_t* order, int64_t n, int64_t group, int8_t* x8, float* d, float* X) {
+void round_row(const T* x, int64_t n, int64_t group, int8_t* x8, float* d, float* X) {
   for (int64_t b = 0; b < n / BLOCK; b++) {
     float values[BLOCK], largest = 0;
-    for (int j = 0; j < BLOCK; j++) values[j] = (float)x[order ? order[b * BLOCK + j] : b * BLOCK + j];
+    for (int j = 0; j < BLOCK; j++) values[j] = (float)x[b * BLOCK + j];
     for (int j = 0; j < BLOCK; j++) largest = std::max(largest, std::fabs(values[j]));
     const float inverse = largest > 0 ? 127 / largest : 0;
     int32_t sum = 0;
@@ -158,20 +158,19 @@ void some_rows(int64_t rows, const uint8_t* codes, const at::Half* s, const uint
   if constexpr (R > 1) some_rows<BITS, R - 1>(rows, codes, s, z, n, group, x8, d, X, y, stride);
 }
 
-// x [..., n], fp32, bf16 or fp16; codes uint8 [tiles, n / 32, 64 bits]; scales fp16 and zeros uint8 [tiles, groups, 16];
-// order: the column of x that stands at each column of the codes. To y [..., outputs] in the dtype of x.
+// x [..., n], fp32, bf16 or fp16; codes uint8 [tiles, n / 32, 64 bits]; scales fp16 and zeros uint8 [tiles, groups, 16].
+// To y [..., outputs] in the dtype of x.
 at::Tensor packed_rows(const at::Tensor& given, const at::Tensor& codes, const at::Tensor& scales,
-                       const at::Tensor& zeros, const std::optional<at::Tensor>& order, int64_t outputs) {
+                       const at::Tensor& zeros, int64_t outputs) {
   const at::Tensor x = given.contiguous();
   const int64_t n = x.size(-1), rows = x.numel() / n, tiles = codes.size(0), groups = scales.size(1);
   const int64_t bytes = codes.size(2), group = n / groups, padded = tiles * TILE;
   TORCH_CHECK(codes.is_contiguous() && scales.is_contiguous() && zeros.is_contiguous());
   TORCH_CHECK(codes.size(1) * BLOCK == n && (bytes == 256 || bytes == 512) && group % BLOCK == 0 && outputs <= padded);
-  const int64_t* columns = order ? order->const_data_ptr<int64_t>() : nullptr;
   Rows in{std::vector<int8_t>(rows * n), std::vector<float>(rows * n / BLOCK), std::vector<float>(rows * groups)};
   LLMLAB_DISPATCH(x.scalar_type(), "packed_rows", [&] {
     for (int64_t t = 0; t < rows; t++)
-      round_row(x.const_data_ptr<scalar_t>() + t * n, columns, n, group, in.x8.data() + t * n,
+      round_row(x.const_data_ptr<scalar_t>() + t * n, n, group, in.x8.data() + t * n,
                 in.d.data() + t * n / BLOCK, in.X.data() + t * groups);
   });
   at::Tensor y = at::empty({rows, padded}, x.options().dtype(at::kFloat));
@@ -197,7 +196,7 @@ at::Tensor packed_rows(const at::Tensor& given, const at::Tensor& codes, const a
 }  // namespace
 
 TORCH_LIBRARY(llmlab, library) {
-  library.def("packed_rows(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor? order, int outputs) -> Tensor");
+  library.def("packed_rows(Tensor x, Tensor codes, Tensor scales, Tensor zeros, int outputs) -> Tensor");
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   library.def("gated(Tensor a, Tensor b) -> Tensor");
   library.def("rotate(Tensor x, Tensor cos, Tensor sin, int half) -> Tensor");

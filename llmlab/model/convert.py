@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from llmlab.kernels.fast import packed_dtype
-from llmlab.kernels.packed_linear import QuantLinear, prepare, quant_linears
+from llmlab.kernels.packed_linear import NATIVE, QuantLinear, prepare, quant_linears
 from llmlab.model.lm import DTYPES, LM, check_dtype
 
 
@@ -28,7 +28,8 @@ def with_dtype(lm: LM, dtype: str | None = None) -> LM:
         for p in lm.model.parameters()
     }
     for linear in quant_linears(lm.model):
-        memo[id(linear.fast)] = None  # a kernel's own copy of the weights: it makes a new one below
+        # The C++ kernel holds the codes themselves; another one's copy of them is made anew below.
+        memo[id(linear.fast)] = linear.fast if linear.kernel == NATIVE else None
         if linear.bias is not None:
             memo[id(linear.bias)] = linear.bias.to(DTYPES[dtype], copy=True)
     model = copy.deepcopy(lm.model, memo)

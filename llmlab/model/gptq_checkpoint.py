@@ -218,7 +218,7 @@ def _check_label(packed: list[QuantLinear], folder: Path, settings: GPTQSettings
         zeros = linear.zeros[:LABEL_ROWS]  # [rows, groups]
         shifted.append(bool((zeros == (1 << (linear.bits - 1)) - wrong).all()))
         if linear.bits < 8 and zeros.shape[1] == linear.groups:  # else a rank's part of the inputs
-            codes = unpack(linear.qweight[:, :LABEL_ROWS], linear.bits)
+            codes = linear.codes[:, :LABEL_ROWS]
             means.append(float(codes.float().mean() - zeros[:, linear.g_idx.long()].float().mean()))
     mean = sum(means) / max(1, len(means))  # weight, in steps
     if (shifted and all(shifted)) or abs(mean - wrong) < 0.4:

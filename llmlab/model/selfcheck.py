@@ -227,7 +227,7 @@ def _identity(lm: LM) -> dict[str, str]:
 
 def _sample(lm: LM) -> str:
     """A few values of every tensor: they tell models apart that are in memory only, or were changed there."""
-    tensors = [*lm.model.parameters(), *(b for m in quant_linears(lm.model) for b in m.buffers(recurse=False))]
+    tensors = [*lm.model.parameters(), *(b for m in quant_linears(lm.model) for b in m.buffers())]
     flat = [t.detach().reshape(-1)[:: max(1, t.numel() // 4)][:4] for t in tensors if t.device.type != "meta"]
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for values in flat:

@@ -1,0 +1,253 @@
+"""The C++ kernels: each operation against torch's, at each level of instructions; and their making."""
+
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmlab.kernels import fewrows
+from llmlab.kernels import native as module
+from llmlab.kernels.native import compiler, level, native
+from llmlab.kernels.native_packed import NativeProduct, tiles, untiled
+from llmlab.kernels.packed_linear import NATIVE, QuantLinear
+from llmlab.kernels.packing import Quantized
+
+HALF = [torch.float32, torch.bfloat16, torch.float16]
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+needs_compiler = pytest.mark.skipif(compiler() is None or sys.platform != "linux", reason="no C++ compiler here")
+LEVELS = {"portable C++": "default", "AVX2": "avx2"}
+
+
+def matrix(bits, size, outputs=96, columns=256, seed=0, order=None):
+    torch.manual_seed(seed)
+    groups = torch.arange(columns).int() // size
+    return QuantLinear.pack(
+        Quantized(
+            torch.randint(0, 1 << bits, (outputs, columns), dtype=torch.uint8),
+            torch.rand(outputs, columns // size).half() / 16,
+            torch.randint(1, 1 << bits, (outputs, columns // size), dtype=torch.uint8),
+            groups if order is None else groups[order],
+        ),
+        bits,
+        torch.randn(outputs),
+    )
+
+
+def rounded(x):
+    """Activations as the kernel rounds them: int8, 32 to a scale."""
+    blocks = x.double().unflatten(-1, (-1, 32))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    return ((blocks / scale).round() * scale).flatten(-2)
+
+
+@needs_compiler
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "size", "outputs"), [(2, 32, 96), (3, 64, 96), (4, 32, 40), (4, 128, 96), (8, 256, 96)]
+)
+def test_products_equal_those_of_rounded_activations(bits, size, outputs, act_order):
+    order = torch.randperm(256) if act_order else None
+    linear = matrix(bits, size, outputs, order=order)
+    weight, saved = linear.dequantize(torch.float32), {k: v.clone() for k, v in linear.state_dict().items()}
+    for dtype in HALF:
+        linear.prepare(dtype)
+        assert linear.kernel == NATIVE and not linear.qweight.numel()  # the codes are held once
+        for rows in (1, 2, 3, 5, 9, 17):
+            x = torch.randn(2, rows, 256).to(dtype)
+            in_groups = x if linear.order is None else x[..., linear.order]
+            columns = weight if linear.order is None else weight[:, linear.order]
+            exact = rounded(in_groups) @ columns.double().T
+            product = linear.fast(in_groups)
+            assert product.dtype == dtype and product.shape == (2, rows, outputs)
+            assert (product.double() - exact).norm() < max(
+                2e-3, ROUNDING[dtype]
+            ) * exact.norm()  # a tie that falls the other way
+            plain = x.double() @ weight.double().T + linear.bias.double()
+            assert (linear(x).double() - plain).norm() < 0.02 * plain.norm()
+    assert torch.equal(linear.dequantize(torch.float32), weight)
+    assert all(torch.equal(linear.state_dict()[name], tensor) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tiles_hold_every_code(bits):
+    codes = torch.randint(0, 1 << bits, (48, 96), dtype=torch.uint8)
+    assert tiles(codes, bits).numel() == codes.numel() * bits // 8
+    assert torch.equal(untiled(tiles(codes, bits)), codes)
+
+
+@needs_compiler
+def test_joined_matrices_hold_their_codes_once():
+    parts = [matrix(4, 32, outputs, seed=outputs) for outputs in (96, 32, 64)]
+    weights = [part.dequantize(torch.float32) for part in parts]
+    for part in parts:
+        part.prepare(torch.float32)
+    x = torch.randn(3, 256)
+    products = [part.fast(x) for part in parts]
+    joined = fewrows._joined(parts)
+    joined.prepare(torch.float32)
+    assert torch.equal(joined.fast(x), torch.cat(products, dim=1))
+    assert all(torch.equal(part.fast(x), product) for part, product in zip(parts, products, strict=True))
+    assert len({m.fast.codes.untyped_storage().data_ptr() for m in [joined, *parts]}) == 1
+    assert torch.equal(joined.dequantize(torch.float32), torch.cat(weights))
+    odd = [matrix(4, 32, 40), matrix(4, 32, 96)]
+    for part in odd:
+        part.prepare(torch.float32)
+    assert fewrows._joined(odd) is None  # 40 outputs are no whole number of tiles
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_stands_between_the_matrices_equals_torchs(dtype):
+    assert native().problem == ""
+    torch.manual_seed(0)
+    ops, tolerance = torch.ops.llmlab, {"rtol": ROUNDING[dtype], "atol": ROUNDING[dtype]}
+    x, weight = torch.randn(2, 3, 72).to(dtype), torch.randn(72).to(dtype)
+    torch.testing.assert_close(
+        ops.rms_norm(x, weight, 1e-5), torch.nn.functional.rms_norm(x, (72,), weight, 1e-5), **tolerance
+    )
+    gate, up = torch.randn(2, 3, 100).mul_(8).to(dtype).split(50, dim=-1)
+    torch.testing.assert_close(ops.gated(gate, up), torch.nn.functional.silu(gate) * up, **tolerance)
+    query = torch.randn(2, 5, 4, 24).to(dtype).transpose(1, 2)
+    cos, sin = torch.randn(2, 1, 5, 24).to(dtype), torch.randn(2, 1, 5, 24).to(dtype)
+    turned = torch.cat([-query[..., 12:], query[..., :12]], dim=-1)
+    torch.testing.assert_close(ops.rotate(query, cos, sin, 12), query * cos + turned * sin, **tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("seen", [1, 7, 700])
+def test_one_tokens_attention_equals_torchs_and_writes_into_the_cache(dtype, seen):
+    assert native().problem == ""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 1, 24).to(dtype) for heads in (6, 2, 2))
+    keys, values = torch.randn(1, 2, 800, 24).to(dtype), torch.randn(1, 2, 800, 24).to(dtype)
+    expected_keys, expected_values = keys.clone(), values.clone()
+    expected_keys[:, :, seen - 1], expected_values[:, :, seen - 1] = key[:, :, 0], value[:, :, 0]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), expected_keys[:, :, :seen].double(), expected_values[:, :, :seen].double(), scale=0.3,
+        enable_gqa=True,
+    )  # fmt: skip
+    result = torch.ops.llmlab.attend_token(query, key, value, keys, values, torch.tensor(seen - 1), 0.3)
+    torch.testing.assert_close(
+        result, expected.transpose(1, 2).to(dtype), rtol=10 * ROUNDING[dtype], atol=ROUNDING[dtype]
+    )
+    assert torch.equal(keys, expected_keys) and torch.equal(values, expected_values)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEVELS)
+def test_levels_below_this_processors_give_the_same_products(name):
+    """In a process that is limited to it."""
+    if name == level():
+        pytest.skip("this process is at that level")  # where all tests of this file try it
+    linear = matrix(4, 64)
+    linear.prepare(torch.float32)
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1))
+    script = f"""
+import torch
+from llmlab.kernels.native import native
+assert (native().level, native().problem) == ({name!r}, ""), native()
+product = torch.load("matrix.pt", weights_only=False)
+print(*product(torch.load("x.pt")).flatten().tolist())
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(linear.fast, f"{folder}/matrix.pt")
+        torch.save(x, f"{folder}/x.pt")
+        path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False,
+            env=os.environ | {"ATEN_CPU_CAPABILITY": LEVELS[name], "PYTHONPATH": path},
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    theirs = torch.tensor([float(number) for number in done.stdout.split()]).view(5, -1)
+    torch.testing.assert_close(theirs, linear.fast(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def tiny_source(monkeypatch, tmp_path):
+    """A file that compiles in a second, and an empty cache folder."""
+    source = tmp_path / "source.cpp"
+    source.write_text("int nothing() { return 0; }\n")
+    monkeypatch.setattr(module, "SOURCE", source)
+    monkeypatch.setattr(module, "SHAPES", {})
+    monkeypatch.setenv("LLMLAB_CACHE", str(tmp_path / "cache"))
+    native.cache_clear()
+    yield tmp_path / "cache" / "native"
+    native.cache_clear()
+
+
+@needs_compiler
+def test_it_is_compiled_once_and_again_if_the_file_is_broken(tiny_source):
+    assert native().problem == ""
+    (file,) = tiny_source.iterdir()
+    whole, when = file.read_bytes(), file.stat().st_mtime_ns
+    native.cache_clear()
+    assert native().problem == "" and file.stat().st_mtime_ns == when
+    file.unlink()  # which this process has loaded
+    file.write_bytes(whole[:1000])
+    native.cache_clear()
+    assert native().problem == "" and len(file.read_bytes()) == len(whole)
+
+
+@needs_compiler
+def test_a_cache_folder_that_cannot_be_written_costs_time_alone(tiny_source):
+    tiny_source.parent.write_text("a file where the folder should be")
+    assert native().problem == ""
+
+
+@needs_compiler
+def test_two_at_once_both_get_it(tiny_source):
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: native.__wrapped__(), range(2)))
+    assert [made.problem for made in both] == ["", ""]
+    assert [file.suffix for file in tiny_source.iterdir()] == [".so"]
+
+
+def test_no_compiler_is_told_and_a_broken_one_warned_of(tiny_source, monkeypatch):
+    with warnings.catch_warnings(action="error"):
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        assert "no C++ compiler" in native().problem
+        native.cache_clear()
+        monkeypatch.setenv("LLMLAB_NATIVE", "0")
+        assert "LLMLAB_NATIVE" in native().problem
+    monkeypatch.delenv("LLMLAB_NATIVE")
+    native.cache_clear()
+    monkeypatch.setenv("CXX", sys.executable)
+    with pytest.warns(UserWarning, match="could not be compiled, so packed weights use torch's"):
+        assert native().problem.startswith("the compiler failed")
+
+
+def test_the_level_follows_the_limits_of_the_environment():
+    script = "from llmlab.kernels.native import level; print(level())"
+    for capability in ("default", "avx2"):
+        if capability.upper() != "DEFAULT" and level() == "portable C++":
+            continue
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.strip() == {"default": "portable C++", "avx2": "AVX2"}[capability]
+
+
+@needs_compiler
+def test_fake_tensors_know_the_shapes():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    assert native().problem == ""
+    linear = matrix(4, 64)
+    linear.prepare(torch.float32)
+    product = linear.fast
+    assert isinstance(product, NativeProduct)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, 3, 256)
+        assert product(x).shape == (2, 3, 96)
+        assert torch.ops.llmlab.rms_norm(x, torch.empty(256), 1e-5).shape == x.shape
+    assert math.prod(linear.fast(torch.randn(1, 256)).shape) == 96
