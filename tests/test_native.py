@@ -185,16 +185,20 @@ def tiny_source(monkeypatch, tmp_path):
 
 
 @needs_compiler
-def test_it_is_compiled_once_and_again_if_the_file_is_broken(tiny_source):
+def test_it_is_compiled_once(tiny_source):
     assert native().problem == ""
     (file,) = tiny_source.iterdir()
-    whole, when = file.read_bytes(), file.stat().st_mtime_ns
+    when = file.stat().st_mtime_ns
     native.cache_clear()
     assert native().problem == "" and file.stat().st_mtime_ns == when
-    file.unlink()  # which this process has loaded
-    file.write_bytes(whole[:1000])
-    native.cache_clear()
-    assert native().problem == "" and len(file.read_bytes()) == len(whole)
+
+
+@needs_compiler
+def test_a_broken_file_in_the_cache_is_replaced(tiny_source):
+    file = tiny_source / f"kernels-{module._key(compiler(), level())}.so"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"half of one")
+    assert native().problem == "" and file.stat().st_size > 1000
 
 
 @needs_compiler

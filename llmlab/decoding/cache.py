@@ -128,9 +128,9 @@ def cached_attention(
     if mask is not None and mask.shape[2] != rows:  # the config tells another number of KV heads
         mask = mask[:, :, : query.shape[2]].repeat(1, 1, rows // query.shape[2], 1)
     cap, sinks = asked.get("softcap") or 0.0, asked.get("s_aux")
-    if inputs.start is not None and mask is None and query.shape[2] == 1 and cap == 0 and sinks is None:
-        if query.device.type == "cpu" and not native().problem:  # a row alone, and a token of it
-            return torch.ops.llmlab.attend_token(query, key, value, *buffers, inputs.start, scale), None
+    token_alone = inputs.start is not None and mask is None and query.shape[2] == 1
+    if token_alone and cap == 0 and sinks is None and query.device.type == "cpu" and not native().problem:
+        return torch.ops.llmlab.attend_token(query, key, value, *buffers, inputs.start, scale), None
     return attend(query, key, value, buffers, inputs.start, inputs.slots, mask, scale, cap, sinks), None
 
 

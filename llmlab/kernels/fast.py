@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +21,8 @@ import torch
 
 from llmlab.base.clock import rounds
 from llmlab.base.paths import cache_folder, remember
+from llmlab.kernels.native import compiler, level, native
+from llmlab.kernels.native_packed import NativeProduct
 from llmlab.kernels.plain import HALF, LIBRARIES, libraries, onednn_linear, onednn_takes, random_linear
 from llmlab.kernels.torch_packed import Int4Product, Int8Product, Multiply
 
@@ -89,9 +91,13 @@ def measure() -> Table:
                 candidates[Product(name, rows, "oneDNN blocks")] = run
         if rows == 1:
             x = torch.randn(1, WIDTH)
-            for name, make in (("8 bits", _int8), ("4 bits", _int4)):
-                packed = [make() for _ in range(copies)]
-                candidates[Product(name, 1, "torch packed")] = partial(_multiply_all, packed, x)
+            makers: list[tuple[str, str, Callable[[], Multiply]]] = [
+                ("8 bits", "torch packed", _int8), ("4 bits", "torch packed", _int4),
+            ]  # fmt: skip
+            if not native().problem:
+                makers += [(f"{bits} bits", "C++", partial(_native, bits)) for bits in (8, 4)]
+            for name, library, make in makers:
+                candidates[Product(name, 1, library)] = partial(_multiply_all, [make() for _ in range(copies)], x)
         times = rounds({str(product): run for product, run in candidates.items()}, warmup=2)
         for product in candidates:
             measured[product] = copies * WIDTH**2 / statistics.median(times[str(product)])
@@ -168,6 +174,12 @@ def _int8() -> Multiply:
     return Int8Product(torch.randint(-127, 128, (WIDTH, WIDTH), dtype=torch.int8), torch.rand(WIDTH))
 
 
+def _native(bits: int) -> Multiply:
+    codes = torch.randint(0, 1 << bits, (WIDTH, WIDTH), dtype=torch.uint8)
+    grid = WIDTH, WIDTH // GROUP_SIZE
+    return NativeProduct.pack(codes, torch.rand(grid).half(), torch.full(grid, 8, dtype=torch.uint8), bits)
+
+
 def _multiply_all(products: Sequence[Multiply], x: torch.Tensor) -> None:
     for product in products:
         product(x)
@@ -186,6 +198,7 @@ def _description() -> dict[str, str]:
         "torch": torch.__version__,
         "bf16, fp16 in oneDNN": str([onednn_takes(dtype) for dtype in HALF]),
         "table": f"{WIDTH} {COPIES} {MANY}",
+        "C++ kernels": level() if compiler() else "",
     } | {name: os.environ.get(name, "") for name in limits}
 
 

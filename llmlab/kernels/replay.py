@@ -1,10 +1,11 @@
 """Record a pass once and replay it without Python: by CUDA graphs on a GPU (see `graphs`), here on CPU.
 
 A decode step of a small model is 2,000 small operations, and Python between them costs as much as the work. On CPU the
-pass is recorded by torch.jit.trace and replayed by its interpreter: the same kernels in the same order, so the numbers
-are the same to the bit. For the built-in model with 4-bit weights on two cores a step took 15.2 ms eager, 12.7 ms by
-torch.compile (after 48 s of compiling) and 8.9 ms replayed (after 0.4 s of recording). TorchScript is deprecated, but
-nothing that ships with torch does this on a CPU as well.
+pass is recorded by torch.jit.trace and replayed by its interpreter: the same operations in the same order, of which the
+small ones are fused where the C++ kernels are there (see `fuse`). Numbers are the same up to the order of sums. With
+torch's 4-bit kernel on two cores a step of the built-in model took 15.2 ms eager, 12.7 ms by torch.compile (after 48 s
+of compiling) and 8.9 ms replayed unfused (after 0.4 s of recording). TorchScript is deprecated, but nothing that ships
+with torch does this on a CPU as well.
 """
 
 from __future__ import annotations

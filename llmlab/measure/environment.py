@@ -20,6 +20,7 @@ from llmlab.base.paths import PACKAGE
 from llmlab.base.version import __version__
 from llmlab.kernels import fast
 from llmlab.kernels.cuda import advice, dotted, nvidia, usable
+from llmlab.kernels.native import native
 from llmlab.kernels.plain import fastest_library, onednn_takes, slow_on_cpu
 from llmlab.measure.energy import availability
 from llmlab.model.selfcheck import known
@@ -96,6 +97,7 @@ def kernels() -> list[tuple[str, bool, str]]:
         ("fp32 matmul, CPU", True, f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
         ("fp32 matmul, CPU, oneDNN", faster, "faster than torch's default here" if faster else "not faster here"),
         *((f"{name} matmul, CPU", True, _half_on_cpu(fast.DTYPES[name])) for name in ("bf16", "fp16")),
+        ("few rows of 2 to 8 bits, CPU, C++", not native().problem, native().problem or native().level),
         *((f"int{bits} packed matmul, CPU", True, "torch, activations rounded to bf16") for bits in (4, 8)),
         (
             "fp32, fp16 matmul, Apple's GPU",
