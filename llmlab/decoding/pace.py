@@ -51,8 +51,9 @@ class Row:
 class Pace:
     """Asks the drafts of a batch and decides what of their guesses the verifying pass reads.
 
-    Several drafts are a cascade: the trees of the free ones grow together, each as far as its own record in this row
-    lets expect something, and a costly one is asked where it promises more speed than they do.
+    Several drafts are a cascade: the guesses of the free ones become one tree, each token with the chance that its
+    draft gives it, times how often such guesses of that draft came true in this row; a costly draft is asked where it
+    promises more speed than they do. Of the tree those tokens are verified that pay for their part of the pass.
 
     Args:
         engine: of the model that verifies.

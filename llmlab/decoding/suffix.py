@@ -3,13 +3,13 @@
 Lookup takes the latest place of an n-gram of four tokens. Here a suffix automaton holds all substrings of the row's
 text, and of earlier answers, in a number of states that is linear in the text (Blumer et al. 1985): the longest end of
 the text that occurred before is known after every token without a search, with all tokens that followed it and how
-often. As in section 4 of the paper there is an index of the row (prompt and output) and one of earlier answers, and the
-tree that is verified is grown by frequencies, best first.
+often. As in the paper there is an index of the row (prompt and output) and one of earlier answers, the one that knows
+more of the text's end guesses, and its tree grows by frequencies, the likeliest token first.
 """
 
 from __future__ import annotations
 
-from llmlab.decoding.draft import Free, Proposal, Sampling, grow
+from llmlab.decoding.draft import LEAST, Free, Proposal, Sampling, grow
 from llmlab.decoding.plain_engine import Decoder
 
 TOKENS = 16  # of a tree; the cost model verifies the best of them
@@ -77,16 +77,16 @@ class Automaton:
         """What may follow, see `grow`: n tokens alike are trusted n / (n + 1), what remains goes to shorter ends."""
         state, alike = place
         left, likely = 1.0, dict[int, tuple[float, Place]]()
-        while state > 0 and left > 0.05:
+        while state > 0 and left > LEAST:
             followers, trust = self.follow[state], alike / (alike + 1)
             total = sum(self.count[after] for after in followers.values())
             for token, after in followers.items():
-                before, place = likely.get(token, (0.0, (after, alike + 1)))
-                likely[token] = before + left * trust * self.count[after] / total, place
+                before, there = likely.get(token, (0.0, (after, alike + 1)))
+                likely[token] = before + left * trust * self.count[after] / total, there
             left *= 1 - trust if followers else 1
             state = self.link[state]
             alike = self.length[state]
-        return [(token, chance, place) for token, (chance, place) in likely.items() if token != END]
+        return [(token, chance, there) for token, (chance, there) in likely.items() if token != END]
 
 
 class Suffix(Free):
