@@ -30,7 +30,9 @@ if TYPE_CHECKING:  # "import X as X" makes X public: type checkers read these li
     from llmlab.decoding.generate import stream as stream
     from llmlab.decoding.lookup import PromptLookup as PromptLookup
     from llmlab.decoding.model_draft import ModelDraft as ModelDraft
+    from llmlab.decoding.recycling import Recycling as Recycling
     from llmlab.decoding.self_draft import SelfDraft as SelfDraft
+    from llmlab.decoding.suffix import Suffix as Suffix
     from llmlab.jobs.over_ranks import ranks as ranks
     from llmlab.jobs.own_draft import self_4bit as self_4bit
     from llmlab.lab.sweep import sweep as sweep

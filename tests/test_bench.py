@@ -14,7 +14,7 @@ from llmlab.bench.ablation import ablation
 from llmlab.bench.bill import bills
 from llmlab.bench.challenge import challenge, synthetic_sequences
 from llmlab.bench.decoders import Decoder
-from llmlab.bench.decoding import Unit, _difference, bench_decoding
+from llmlab.bench.decoding import CASCADE, FREE_DRAFTS, Unit, _difference, bench_decoding
 from llmlab.bench.quantization import bench_quantization, variants
 from llmlab.bench.scoring import bench_scoring, best_batch_size, fits_memory, own_matmul_flops, own_matmuls
 from llmlab.bench.sharding import bench_sharding
@@ -263,7 +263,8 @@ def test_bench_decoding_reports_what_it_promises(tiny_folders):
     assert result["greedy_equal"]
     assert result["int4_vs_llamacpp"] is None and result["llamacpp"] == "the model is no .gguf file"
     drafts = {row["draft"] for row in result["rows"] if row["engine"] == "llmlab"}
-    assert drafts == {"", "lookup", "self-4bit", "lookup, self-4bit"}
+    assert drafts == {"", *FREE_DRAFTS, "self-4bit", "lookup, self-4bit", f"{CASCADE}, self-4bit"}
+    assert set(result["cascade_speedup"]) == {row["kind"] for row in result["rows"]}
     assert {row["engine"] for row in result["rows"]} == {"llmlab", "transformers"}
     assert {row["batch"] for row in result["rows"]} == {1, 4}  # four prompts a kind make no batch of 8
     for row in result["rows"]:

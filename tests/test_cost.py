@@ -2,7 +2,8 @@
 
 import pytest
 
-from llmlab.decoding.cost import Rate, Tally, best_depth, best_k, expected_tokens, plain_seconds, speedup, worth
+from llmlab.decoding.cost import Rate, Tally, best_k, best_size, expected_tokens, plain_seconds, speedup, worth
+from llmlab.decoding.draft import Proposal
 
 
 def test_expected_tokens_is_leviathans_equation_1():
@@ -22,16 +23,19 @@ def test_k_is_zero_where_nothing_pays_and_large_where_all_is_accepted():
     assert best_k(1.0, lambda width: 1.0, 0.0, 8) == 8
 
 
-def test_the_depth_of_a_batch_serves_all_its_rows():
-    assert best_depth([0.9, 0.1], [4, 4], lambda d: 1 + d, lambda width: 1.0, [1, 1]) == 4
-    assert best_depth([0.1, 0.1], [4, 4], lambda d: 1 + d, lambda width: float(width), [1, 1]) == 0
-    assert best_depth([0.9], [0], lambda d: 1, lambda width: 1.0, [1]) == 0
+def test_a_pass_is_as_wide_as_serves_all_its_rows():
+    chain = [0.9**depth for depth in range(1, 5)]
+    poor = [0.1**depth for depth in range(1, 5)]
+    size, gain = best_size([chain, poor], lambda width: 1.0, [1, 1])
+    assert size == 4 and gain == pytest.approx((expected_tokens(0.9, 4) + expected_tokens(0.1, 4)) / 2)
+    assert best_size([poor, poor], lambda width: float(width), [1, 1]) == (0, 1.0)
+    assert best_size([[]], lambda width: 1.0, [1]) == (0, 1.0)
+    # A tree: the second token pays for itself, the third does not.
+    assert best_size([[0.6, 0.5, 0.1]], lambda width: 1 + 0.2 * (width - 1), [1])[0] == 2
     # The row that guesses well is far ahead: a wider pass would only keep the other one waiting.
     rising = [1.0, 1.2, 1.4, 1.6, 1.8]
-    assert best_depth([0.9, 0.0], [4, 0], lambda d: 1 + d, lambda width: rising[width - 1], [1, 1]) == 4
-    assert (
-        best_depth([0.9, 0.0], [4, 0], lambda d: 1 + d, lambda width: rising[width - 1], worth([20, 80], [4, 1])) == 0
-    )
+    assert best_size([chain, []], lambda width: rising[width - 1], [1, 1])[0] == 4
+    assert best_size([chain, []], lambda width: rising[width - 1], worth([20, 80], [4, 1]))[0] == 0
 
 
 def test_plain_decoding_halves_its_batch_as_the_engine_does():
@@ -54,13 +58,14 @@ def test_a_rate_follows_what_it_sees():
 def test_a_tally_predicts_what_it_counted():
     tally = Tally()
     for accepted in (2, 2, 1, 0):
-        tally.observe("draft", 2, 2, accepted, accepted + (accepted < 2))
+        tokens = [7, 8, 9][:accepted] + [1]
+        tally.observe(Proposal.chain([7, 8], "draft").calibrated(0.5), tokens)
         tally.passes += 1
         tally.seconds += 2.0
-        tally.tokens += accepted + 1
         tally.plain_seconds += accepted + 1.0
+    assert (tally.tokens, tally.drafted, tally.accepted) == (9, 8, 5)
     assert tally.acceptance_rate == pytest.approx(5 / 7)
     assert tally.tokens_per_pass == pytest.approx(1 + 5 / 4)
-    assert tally.predicted_tokens_per_second == pytest.approx(expected_tokens(5 / 7, 2) * 4 / 8)
-    assert tally.predicted_speedup == pytest.approx(expected_tokens(5 / 7, 2) / 2)
+    assert tally.predicted_tokens_per_second == pytest.approx(expected_tokens(0.5, 2) * 4 / 8)
+    assert tally.predicted_speedup == pytest.approx(expected_tokens(0.5, 2) / 2)
     assert Tally().predicted_speedup == 1.0

@@ -25,7 +25,7 @@ def near(logits, exact, tolerance):
     return (logits.float() - exact).norm() < tolerance * exact.norm()
 
 
-@pytest.mark.parametrize("names", ["", "lookup", "self-4bit", "lookup,self-4bit"])
+@pytest.mark.parametrize("names", ["", "lookup", "self-4bit", "suffix,recycling,self-4bit"])
 def test_every_draft_decodes_in_every_precision(lm, names):
     drafts = named_drafts(lm, names) if names else None
     result = llmlab.generate(lm, PROMPTS, max_new_tokens=6, draft=drafts, batch_size=2)

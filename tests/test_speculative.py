@@ -14,8 +14,10 @@ from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import stream
 from llmlab.decoding.lookup import PromptLookup
 from llmlab.decoding.model_draft import ModelDraft
+from llmlab.decoding.recycling import Recycling
 from llmlab.decoding.sampling import next_token_probs
 from llmlab.decoding.self_draft import SelfDraft
+from llmlab.decoding.suffix import Suffix
 from llmlab.decoding.verify import verify
 from llmlab.jobs.own_draft import forecast, named_drafts, self_4bit
 
@@ -49,7 +51,9 @@ DRAFTS = {
     "self-4bit": lambda smollm2, packed, tiny: [SelfDraft(packed)],
     "model": lambda smollm2, packed, tiny: [ModelDraft(llmlab.load(tiny, dtype="fp32"))],
     "itself": lambda smollm2, packed, tiny: [ModelDraft(smollm2)],
-    "cascade": lambda smollm2, packed, tiny: [PromptLookup(), SelfDraft(packed)],
+    "recycling": lambda smollm2, packed, tiny: [Recycling()],
+    "suffix": lambda smollm2, packed, tiny: [Suffix()],
+    "cascade": lambda smollm2, packed, tiny: [SelfDraft(packed), PromptLookup(), Suffix(), Recycling()],
     "lookup": lambda smollm2, packed, tiny: [PromptLookup()],  # the last one stays for the whole file: it holds nothing
 }
 
@@ -75,7 +79,7 @@ def test_greedy_ids_are_those_of_plain_decoding(request, smollm2, engine, plain,
     assert all(step.tokens[: step.accepted] == _path(step) for step in steps)
     if name == "itself" and k == 4:  # a draft that is the model is never rejected
         assert tally.acceptance_rate == 1.0
-    if k == 4 and name == "lookup" and batch_size == 1:
+    if k == 4 and name in ("lookup", "suffix") and batch_size == 1:
         assert tally.tokens_per_pass > 1.3
 
 
@@ -93,7 +97,7 @@ def _path(step):
 def test_both_architectures_speculate_exactly(tiny):
     prompts = ["a b a b a b a", "the cat sat on the cat sat on", "one"]
     plain = [c.ids for c in llmlab.generate(tiny, prompts, max_new_tokens=20).completions]
-    for draft in (PromptLookup(shortest=1), SelfDraft(self_4bit(tiny))):
+    for draft in (PromptLookup(shortest=1), SelfDraft(self_4bit(tiny)), [Suffix(), Recycling()]):
         for batch_size in (1, 3):
             result = llmlab.generate(tiny, prompts, max_new_tokens=20, draft=draft, k=3, batch_size=batch_size)
             assert [c.ids for c in result.completions] == plain
@@ -111,7 +115,7 @@ def drawn(logits, draft, sampling, accept=verify):
     counts = np.zeros((logits.shape[1],) * 2)
     for _ in range(DRAWS):
         tokens = torch.multinomial(q, 1, generator=sampling.generator).squeeze(-1).tolist()
-        path, token = accept(Proposal(tokens, [-1, 0], q), logits, sampling)
+        path, token = accept(Proposal.chain(tokens, probs=q), logits, sampling)
         found = [*(tokens[i] for i in path), token]
         if len(found) < 2:
             p = next_token_probs(logits[1:2], sampling.temperature, sampling.top_p)
@@ -183,7 +187,7 @@ def test_next_tokens_of_the_real_model_keep_their_marginals(smollm2, engine, pac
     both = p.log().expand(2, -1)
     for found, rule in ((counts, verify), (wrong, careless)):
         for token in torch.multinomial(q, DRAWS, replacement=True, generator=sampling.generator).tolist():
-            path, other = rule(Proposal([token], [-1], q[None]), both, sampling)
+            path, other = rule(Proposal.chain([token], probs=q[None]), both, sampling)
             found[token if path else other] += 1
     p = p.double().numpy()
     # Tokens with fewer than 20 expected draws are taken together.
@@ -200,9 +204,8 @@ def test_next_tokens_of_the_real_model_keep_their_marginals(smollm2, engine, pac
 
 
 def test_sampling_with_drafts_repeats_with_the_seed_and_runs_in_batches(smollm2, engine, packed):
-    cascade = [PromptLookup(), SelfDraft(packed)]
-
     def draw(seed, batch_size):
+        cascade = [PromptLookup(), Recycling(), SelfDraft(packed)]  # recycling remembers: each draw has its own
         result = llmlab.generate(
             smollm2, PROMPTS, max_new_tokens=12, temperature=0.9, top_p=0.9, seed=seed, k=3,
             draft=cascade, batch_size=batch_size, engine=engine,
@@ -282,9 +285,9 @@ def test_lookup_finds_the_longest_and_latest_match():
 
 
 def test_named_drafts_and_their_forecast(smollm2, engine):
-    lookup, own = named_drafts(smollm2, "lookup, self-4bit")
-    assert lookup.free and not own.free
-    text = forecast(engine, [lookup, own], 1)
+    *free, own = named_drafts(smollm2, "lookup, suffix,recycling, self-4bit")
+    assert [draft.name for draft in free if draft.free] == ["lookup", "suffix", "recycling"] and not own.free
+    text = forecast(engine, [*free, own], 1)
     assert "milliseconds of a pass" in text and own.name in text and "head 4 bits" in own.name
     for wrong, message in (("", "takes lookup"), ("nothing-here", "nothing-here")):
         with pytest.raises(InputError, match=message):

@@ -12,9 +12,9 @@ from llmlab.bench import peers
 from llmlab.decoding.draft import Draft
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import decode_settings, end_tokens
-from llmlab.decoding.lookup import PromptLookup
 from llmlab.decoding.self_draft import SelfDraft
 from llmlab.decoding.writer import Run, Writer
+from llmlab.jobs.own_draft import FREE
 from llmlab.model.lm import LM
 
 LOOKUP_TOKENS = 10  # that transformers' and llama.cpp's prompt lookup draft, the default of their documentation
@@ -43,14 +43,21 @@ class Decoder:
 
 
 def own(engine: Engine, new_tokens: int, draft: str = "", packed: LM | None = None, *, name: str = "") -> Decoder:
-    """Our engine, plain or with drafts by name: "lookup", "self-4bit" (`packed`), or both as a cascade."""
-    lm = engine.lm
-    drafts: list[Draft] = [PromptLookup()] if "lookup" in draft else []
-    if "self-4bit" in draft and packed is not None:
-        drafts.append(SelfDraft(packed))
+    """Our engine, plain or with drafts by name, separated by commas: those of `FREE`, and "self-4bit" (`packed`).
+
+    Free drafts learn from prompt to prompt. When prompts come again they begin anew, or they would know the answers.
+    """
+    lm, names = engine.lm, [part for part in draft.split(", ") if part]
+    costly: list[Draft] = [SelfDraft(packed)] if "self-4bit" in names and packed is not None else []
+    free: list[Draft] = []
+    done: list[list[list[int]]] = []
 
     def run(prompts: list[list[int]]) -> Run:
-        writer = Writer(engine, decode_settings(lm, new_tokens), drafts)
+        if not done or prompts in done:
+            free[:] = [FREE[part]() for part in names if part in FREE]
+            done.clear()
+        done.append(prompts)
+        writer = Writer(engine, decode_settings(lm, new_tokens), [*free, *costly])
         writer.warm_up(prompts, len(prompts))
         return writer.run(prompts)
 

@@ -26,6 +26,8 @@ from llmlab.model.sources import resolve
 
 COPYING = ("summarize", "edit")  # kinds whose output repeats the prompt: where lookup should pay
 BATCHES = (4, 8)
+CASCADE = "suffix, recycling"  # the best without a model that drafts
+FREE_DRAFTS = ("lookup", "suffix", "recycling", CASCADE)
 
 
 @dataclass
@@ -79,9 +81,9 @@ def bench_decoding(
         rows += compare_rows(decoder, work, 1, alike[0], bandwidth, next(d for d in alike if d.plain))
     for batch in BATCHES:
         if work := units(lm, prompts, batch, 1, new_tokens):
-            plain, lookup = own(exact, new_tokens), own(exact, new_tokens, "lookup")
-            run_all([plain, lookup], work, repeats)
-            rows += [row for d in (plain, lookup) for row in compare_rows(d, work, batch, plain, bandwidth, plain)]
+            plain, *drafting = (own(exact, new_tokens, draft) for draft in ("", *FREE_DRAFTS))
+            run_all([plain, *drafting], work, repeats)
+            rows += [row for d in (plain, *drafting) for row in compare_rows(d, work, batch, plain, bandwidth, plain)]
     ratios = summary(rows, lm.dtype, half.dtype if half else None)
     ours = [row for row in rows if (row["engine"], row["dtype"]) == ("llmlab", lm.dtype)]
     equal = all(row["equal_to_reference"] for row in ours)
@@ -93,7 +95,9 @@ def bench_decoding(
         f"{repeats}; decode speed behind the first token; baselines: transformers generate and plain decoding"
     )
     told = {"prompts": len(prompts), "new_tokens": new_tokens, "repeats": repeats, "bandwidth_bytes_per_s": bandwidth}
-    details = told | {"llamacpp": reason, "rows": rows, "greedy_equal": equal} | ratios
+    cascade = [row for row in ours if (row["draft"], row["batch"]) == (CASCADE, 1)]
+    by_kind = {"cascade_speedup": {row["kind"]: row["speedup_vs_plain"] for row in cascade}}
+    details = told | {"llamacpp": reason, "rows": rows, "greedy_equal": equal} | ratios | by_kind
     values["greedy_equal"] = Metric(float(equal))
     return Measurement("bench decoding", values, len(prompts), protocol, details=details)
 
@@ -104,7 +108,8 @@ def _single_decoders(exact: Engine, half: LM | None, packed: LM, new_tokens: int
     decoders = [transformers_generate(lm, new_tokens), transformers_generate(lm, new_tokens, lookup=True)]
     decoders += [transformers_generate(lm, new_tokens, assistant=packed), own(exact, new_tokens)]
     decoders += [own(Engine(lm, compile=True), new_tokens, name="compiled")] if compile else []
-    decoders += [own(exact, new_tokens, draft, packed) for draft in ("lookup", "self-4bit", "lookup, self-4bit")]
+    drafts = (*FREE_DRAFTS, "self-4bit", "lookup, self-4bit", f"{CASCADE}, self-4bit")
+    decoders += [own(exact, new_tokens, draft, packed) for draft in drafts]
     decoders.append(own(Engine(packed), new_tokens))
     if half:
         engine = Engine(half)
@@ -185,7 +190,8 @@ def _difference(unit: Unit, name: str, reference: Decoder) -> Row | None:
 
 def summary(rows: Sequence[Row], exact: str, half: str | None) -> dict[str, float | None]:
     """The ratios that sum it up; all kinds together unless the name says otherwise. None for what was not run."""
-    copying = tuple(r["kind"] for r in rows if r["kind"] in COPYING) or ("all",)
+    kinds = {r["kind"] for r in rows} - {"all"}
+    copying, other = (tuple(kinds & set(COPYING)) or ("all",), tuple(kinds - set(COPYING)) or ("all",))
 
     def ratio(
         draft: str, dtype: str | None, over: str, its: str = "", kinds: tuple[str, ...] = ("all",)
@@ -206,6 +212,9 @@ def summary(rows: Sequence[Row], exact: str, half: str | None) -> dict[str, floa
         "lookup_speedup_vs_plain": ratio("lookup", exact, "llmlab", kinds=copying),
         "lookup_speedup_vs_transformers": ratio("lookup", exact, "transformers", "lookup", copying),
         "self_draft_speedup": ratio("self-4bit", exact, "llmlab"),
+        "cascade_speedup_copying": ratio(CASCADE, exact, "llmlab", kinds=copying),
+        "cascade_speedup_other": ratio(CASCADE, exact, "llmlab", kinds=other),
+        "worst_draft_ratio": min((r["speedup_vs_plain"] for r in rows if "cost_model_error" in r), default=None),
         f"self_draft_speedup_{half or 'half'}": ratio("self-4bit", half, "llmlab"),
         "batch8_worst_ratio": min((r["speedup_vs_plain"] for r in batched), default=None),
         "batch8_copying_ratio": min((r["speedup_vs_plain"] for r in batched if r["kind"] in COPYING), default=None),

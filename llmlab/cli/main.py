@@ -89,7 +89,9 @@ def generate(
     prompt: Annotated[list[str] | None, Option(help="A prompt; may be given several times.")] = None,
     prompts: Annotated[Path | None, Option(help="A JSON Lines file with a field `prompt`.")] = None,
     limit: Annotated[int | None, Option(help="Take the first N prompts of the file.")] = None,
-    draft: Annotated[str | None, Option(help="Speculate: lookup, self-4bit or a model; several with commas.")] = None,
+    draft: Annotated[
+        str | None, Option(help="Speculate: lookup, suffix, recycling, self-4bit or a model; some with commas.")
+    ] = None,
 ) -> Payload:
     """Continue prompts, greedily or by sampling. Without --prompt and --prompts: the built-in prompts."""
     from llmlab.decoding.generate import check_settings, encode_prompts

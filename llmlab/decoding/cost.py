@@ -11,9 +11,10 @@ model over w tokens a row and d a pass of the draft. Plain decoding yields 1 tok
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llmlab.base.stats import Metric
+from llmlab.decoding.draft import Proposal
 
 MARGIN = 1.05  # a gain below it is within what is not known of rates and times
 
@@ -48,40 +49,38 @@ class Rate:
     hits: float = 0.0
     trials: float = 0.0
 
-    def observe(self, hits: int, trials: int) -> None:
-        """`hits` of `trials` drafted tokens were accepted."""
+    def observe(self, hits: int, trials: float) -> None:
+        """`hits` of `trials` drafted tokens were accepted; of a tree with chances: of so many that should have been."""
         keep = self.memory**trials
         self.hits, self.trials = self.hits * keep + hits, self.trials * keep + trials
 
     @property
     def value(self) -> float:
-        """The estimate, in (0, 1)."""
+        """The estimate: in (0, 1), or above where a tree promised less than it kept."""
         return (self.hits + self.prior * self.weight) / (self.trials + self.weight)
 
 
-def best_depth(
-    rates: Sequence[float],
-    depths: Sequence[int],
-    width: Callable[[int], int],
-    seconds: Callable[[int], float],
-    weights: Sequence[float],
-) -> int:
-    """How deep to go with the proposals of a batch.
+def best_size(
+    reach: Sequence[Sequence[float]], seconds: Callable[[int], float], weights: Sequence[float]
+) -> tuple[int, float]:
+    """How many drafted tokens a row to verify, and the predicted speed over plain decoding.
+
+    A drafted token counts as often as it is accepted: a tree yields 1 plus the sum over its tokens of the probability
+    that they and all before them are right (Medusa, arXiv 2401.10774, section 2.3.3), a chain E(a, k).
 
     Args:
-        rates: acceptance rate expected in each row.
-        depths: how deep each row's proposal reaches (0: none).
-        width: tokens a row of a pass over proposals cut at a depth, the last accepted token included.
+        reach: of each row, this probability of each drafted token, the likeliest first.
         seconds: of a pass by its width.
         weights: what a token of each row is worth.
     """
 
-    def speed(depth: int) -> float:
-        rows = zip(rates, depths, weights, strict=True)
-        return sum(w * expected_tokens(a, min(depth, d)) for a, d, w in rows) / seconds(width(depth))
+    def speed(size: int) -> float:
+        rows = zip(reach, weights, strict=True)
+        return sum(weight * (1 + sum(of_row[:size])) for of_row, weight in rows) / seconds(1 + size)
 
-    best = max(range(max(depths, default=0) + 1), key=speed)
-    return best if speed(best) > MARGIN * speed(0) else 0
+    best = max(range(max(map(len, reach), default=0) + 1), key=speed)
+    gain = speed(best) / speed(0) if best else 1.0
+    return (best, gain) if gain > MARGIN else (0, 1.0)
 
 
 def worth(left: Sequence[int], pace: Sequence[float]) -> list[float]:
@@ -119,11 +118,10 @@ class Tally:
         rows: rows in all those passes; each yields its accepted tokens and one more.
         drafted, accepted: tokens.
         trials: drafted tokens that were tested; those behind a rejected one were not.
-        by_source: (hits, trials) of each draft.
+        expected: tokens that the passes were expected to bring, each by what was accepted before it.
         seconds: predicted for all passes, drafts included.
         tokens: that all rows got out of them.
         plain_seconds: predicted for the same tokens without speculation.
-        depths: (source, depth) of each row's proposal, by how often it came.
     """
 
     passes: int = 0
@@ -134,19 +132,17 @@ class Tally:
     seconds: float = 0.0
     tokens: int = 0
     plain_seconds: float = 0.0
-    by_source: dict[str, tuple[int, int]] = field(default_factory=dict)
-    depths: dict[tuple[str, int], int] = field(default_factory=dict)
+    expected: float = 0.0
 
-    def observe(self, source: str, depth: int, drafted: int, hits: int, trials: int) -> None:
-        """One row of one pass."""
+    def observe(self, proposal: Proposal, tokens: list[int]) -> None:
+        """One row of one pass: what was verified, and what the row got."""
+        hits, trials, _ = proposal.tested(tokens)
         self.rows += 1
-        self.drafted += drafted
+        self.tokens += len(tokens)
+        self.drafted += len(proposal.tokens)
         self.accepted += hits
         self.trials += trials
-        self.depths[source, depth] = self.depths.get((source, depth), 0) + 1
-        if trials:
-            before = self.by_source.get(source, (0, 0))
-            self.by_source[source] = (before[0] + hits, before[1] + trials)
+        self.expected += 1 + sum(proposal.reach)
 
     @property
     def acceptance_rate(self) -> float:
@@ -157,15 +153,6 @@ class Tally:
     def tokens_per_pass(self) -> float:
         """Tokens that a row got out of a pass: its accepted ones and one more. 1 without speculation."""
         return 1 + self.accepted / self.rows if self.rows else 1.0
-
-    @property
-    def expected(self) -> float:
-        """Tokens that E(a, k) gives for each row and pass, with the measured acceptance of each draft."""
-        tokens = 0.0
-        for (source, depth), count in self.depths.items():
-            hits, trials = self.by_source.get(source, (0, 0))
-            tokens += count * (expected_tokens(hits / trials, depth) if trials else 1.0)
-        return tokens
 
     @property
     def predicted_tokens_per_second(self) -> float:

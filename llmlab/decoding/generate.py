@@ -63,9 +63,9 @@ def generate(
         batch_size: prompts decoded together; each row has its own length and ends by itself.
         chat: use the chat template.
         stop: texts at which a completion ends; they are left out, wherever tokens begin and end.
-        draft: speculate with it, or with several, asked in turn; a model of the same shape, such as its own quantized
-            copy, or a smaller one with the same tokenizer. Exact: greedy ids stay the same in fp32, samples keep their
-            distribution.
+        draft: speculate with it, or with several together (see `Pace`); a model of the same shape, such as its own
+            quantized copy, or a smaller one with the same tokenizer. Exact: greedy ids stay the same in fp32, samples
+            keep their distribution.
         k: tokens drafted for each pass; None adapts it to what is accepted and what it costs.
         engine: `Engine(lm)` of an earlier call, to save the time of making one.
 

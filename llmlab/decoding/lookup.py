@@ -6,12 +6,11 @@ It costs nothing; several earlier places give several guesses, a tree.
 from __future__ import annotations
 
 from llmlab.base.errors import InputError
-from llmlab.decoding.draft import Proposal, Sampling
-from llmlab.decoding.engine import Engine
+from llmlab.decoding.draft import Free, Proposal, Sampling
 from llmlab.decoding.plain_engine import Decoder
 
 
-class PromptLookup:
+class PromptLookup(Free):
     """Prompt lookup: the tokens that followed the longest n-gram at the end of the text where it stood before.
 
     Args:
@@ -20,8 +19,7 @@ class PromptLookup:
         branches: different continuations that are tried at once, as a tree; the latest place first.
     """
 
-    name, free = "lookup", True
-    engine: Engine | None = None
+    name = "lookup"
 
     def __init__(self, longest: int = 4, shortest: int = 2, branches: int = 1) -> None:
         if not 1 <= shortest <= longest or branches < 1:
@@ -69,21 +67,12 @@ class PromptLookup:
         self.places = [self.places[row] for row in rows]
         self.read = [self.read[row] for row in rows]
 
-    def seconds(self) -> float:
-        """Zero: looking up costs next to nothing."""
-        return 0.0
-
 
 def _tree(guesses: list[list[int]]) -> Proposal:
     """Guesses with common first tokens merged."""
     tree = Proposal(source="lookup")
-    children: dict[tuple[int, int], int] = {}
     for guess in guesses:
         node = -1
         for token in guess:
-            if (node, token) not in children:
-                children[node, token] = len(tree.tokens)
-                tree.tokens.append(token)
-                tree.parents.append(node)
-            node = children[node, token]
+            node = tree.add(token, node, 1.0)
     return tree

@@ -59,7 +59,7 @@ class Settings:
 
     def room(self, prompts: list[list[int]]) -> int:
         """Tokens that a row of the cache must hold: those and a tree of drafted ones."""
-        return self.length(prompts) + (MOST if self.k is None else self.k) * 4 + 2
+        return self.length(prompts) + max(MOST if self.k is None else self.k, MOST // 4) * 4 + 2
 
 
 @torch.inference_mode()
@@ -76,7 +76,7 @@ def decode(
         engine: of the model. Its cache is started anew.
         prompts: token ids, each with `max_new_tokens` of room in the model's context.
         settings: how.
-        drafts: asked in this order; a row takes the first guess it gets. Free ones first.
+        drafts: asked together, see `Pace`.
         tally: takes the count.
 
     Raises NumericalError if logits are not finite.
@@ -91,15 +91,13 @@ def decode(
     yield {row.number: _give(row, Step("", [], [], 0, [firsts[row.number]]), settings) for row in rows}
     for draft in drafts:
         draft.begin(engine, prompts, settings.length(prompts))
+        draft.learn([ids[-1:] for ids in prompts], logits[:, None])
     while any(row.open for row in rows):
         rows = _without_ended(rows, engine, drafts)
         proposals = pace.propose(rows, settings.sampling)
-        verified = pace.cut(rows, proposals)
-        steps = _verified(engine, rows, verified, settings.sampling)
-        for row, proposal in zip(rows, proposals, strict=True):
-            if row.open:
-                row.observe(proposal, steps[row.number].tokens)
-        _count(tally, rows, verified, steps, pace)
+        steps = _verified(engine, rows, proposals, drafts, settings.sampling)
+        pace.observe(rows, {number: step.tokens for number, step in steps.items()})
+        _count(tally, rows, proposals, steps, pace)
         yield {row.number: _give(row, steps[row.number], settings) for row in rows if row.open}
     if drafts:
         tally.plain_seconds += plain_seconds([len(row.new) - 1 for row in everyone], lambda n: engine.seconds(1, n))
@@ -129,13 +127,17 @@ def _without_ended(rows: list[Row], engine: Decoder, drafts: Sequence[Draft]) ->
     return [rows[place] for place in still]
 
 
-def _verified(engine: Decoder, rows: list[Row], proposals: list[Proposal], sampling: Sampling) -> dict[int, Step]:
+def _verified(
+    engine: Decoder, rows: list[Row], proposals: list[Proposal], drafts: Sequence[Draft], sampling: Sampling
+) -> dict[int, Step]:
     """One pass over what was drafted; what it brings each open row, by the row's number."""
     tokens = [[row.new[-1], *p.tokens] for row, p in zip(rows, proposals, strict=True)]
     trees = not all(p.is_chain for p in proposals)
     parents = [[-1, *(parent + 1 for parent in p.parents)] for p in proposals] if trees else None
     logits = engine.forward(tokens, parents)
     best = _best(logits, engine)
+    for draft in drafts:
+        draft.learn(tokens, logits)
     steps: dict[int, Step] = {}
     kept: list[list[int]] = [[] for _ in rows]
     for place, (row, proposal) in enumerate(zip(rows, proposals, strict=True)):
@@ -162,8 +164,6 @@ def _count(tally: Tally, rows: list[Row], verified: list[Proposal], steps: dict[
     tally.passes += 1
     for row, proposal in zip(rows, verified, strict=True):
         if row.open:
-            accepted, depth = steps[row.number].accepted, proposal.depth
-            tally.tokens += len(steps[row.number].tokens)
-            tally.observe(proposal.source, depth, len(proposal.tokens), accepted, accepted + (accepted < depth))
+            tally.observe(proposal, steps[row.number].tokens)
     if pace.drafts:
         tally.seconds += pace.draft_seconds + pace.engine.seconds(1 + max(len(p.tokens) for p in verified))

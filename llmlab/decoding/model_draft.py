@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from llmlab.base.errors import InputError
 from llmlab.decoding.draft import Draft, Proposal, Sampling
 from llmlab.decoding.engine import Engine
@@ -63,6 +65,9 @@ class ModelDraft:
         """The same ids, those that the draft has no embedding for replaced: they are padding, which no text holds."""
         size = self.lm.model.get_input_embeddings().weight.shape[0]
         return [min(token, size - 1) for token in ids]
+
+    def learn(self, tokens: list[list[int]], logits: torch.Tensor) -> None:
+        """It learns nothing."""
 
     def select(self, rows: list[int]) -> None:
         """Only these rows go on."""

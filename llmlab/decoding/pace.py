@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llmlab.decoding.cost import Rate, best_depth, best_k, worth
+from llmlab.decoding.cost import MARGIN, Rate, best_k, best_size, speedup, worth
 from llmlab.decoding.draft import Draft, Proposal, Sampling
 from llmlab.decoding.plain_engine import Decoder
 
@@ -23,7 +23,7 @@ class Row:
         prompt, new: token ids.
         limit: new tokens at most.
         open: whether it goes on.
-        rates: acceptance by draft.
+        rates: acceptance by draft: of a chain's tokens; of a tree's, over what its chances promise.
         pace: tokens that a pass brings it.
     """
 
@@ -40,79 +40,74 @@ class Row:
         """Tokens that may be drafted: a pass adds one of the model's own."""
         return self.limit - len(self.new) - 1 if self.open else 0
 
-    def observe(self, proposal: Proposal, tokens: list[int]) -> None:
-        """Compare what was proposed with the tokens that a pass brought, whether it was verified or not."""
+    def observe(self, guesses: list[Proposal], tokens: list[int]) -> None:
+        """Compare what was guessed with the tokens that a pass brought, whether it was verified or not."""
         self.pace.observe(len(tokens), 1)
-        children, inner = proposal.children, set(proposal.parents)
-        node, hits, trials = -1, 0, 0
-        for token in tokens:
-            if node not in inner:
-                break
-            trials += 1
-            if (node, token) not in children:
-                break
-            node = children[node, token]
-            hits += 1
-        if trials:
-            self.rates[proposal.source].observe(hits, trials)
+        for guess in guesses:
+            hits, _, promised = guess.tested(tokens)
+            self.rates[guess.source].observe(hits, promised)
 
 
 class Pace:
-    """Asks the drafts of a batch, in turn, and decides how deep the verifying pass goes.
+    """Asks the drafts of a batch and decides what of their guesses the verifying pass reads.
+
+    Several drafts are a cascade: the guesses of the free ones become one tree, each token with the chance that its
+    draft gives it, times how often such guesses of that draft came true in this row; a costly draft is asked where it
+    promises more speed than they do. Of the tree those tokens are verified that pay for their part of the pass.
 
     Args:
         engine: of the model that verifies.
-        drafts: a row takes the first guess it gets.
+        drafts: any number.
         k: drafted tokens (a tree: depth) a pass; None adapts it to acceptance and cost, down to none at all.
     """
 
     def __init__(self, engine: Decoder, drafts: Sequence[Draft], k: int | None) -> None:
-        self.engine, self.drafts, self.k = engine, drafts, k
+        self.engine, self.drafts, self.k = engine, sorted(drafts, key=lambda draft: not draft.free), k
         self.idle = 0  # passes since a costly draft was asked
         self.draft_seconds = 0.0  # predicted for the drafts of the last proposals
+        self.guesses: list[list[Proposal]] = []  # of each row, the last ones, as the drafts made them
 
     def propose(self, rows: list[Row], sampling: Sampling) -> list[Proposal]:
-        """What the drafts guess for each row, as far as it may still write."""
-        proposals = [Proposal() for _ in rows]
+        """What of the drafts' guesses for each row is verified."""
         contexts = [row.prompt + row.new for row in rows]
         most = min(MOST if self.k is None else self.k, max(row.left for row in rows))
+        proposals, self.guesses = [Proposal() for _ in rows], [[] for _ in rows]
         self.idle, self.draft_seconds = self.idle + 1, 0.0
-        for draft in self.drafts:
-            lacking = [place for place, p in enumerate(proposals) if not p.tokens and rows[place].left > 0]
-            if not lacking or most < 1:
-                break
-            depth = most if draft.free or self.k is not None else self._worth(draft, [rows[p] for p in lacking])
+        for draft in self.drafts if most > 0 else []:
+            depth = most if draft.free else min(most, self._worth(draft, rows, proposals))
             if depth == 0:
                 continue
-            guesses = draft.propose(contexts, depth, sampling)
             if not draft.free:
                 self.idle = 0
                 self.draft_seconds += depth * draft.seconds()
-            for place in lacking:
-                proposals[place] = guesses[place]
-        return [proposal.cut(row.left) for proposal, row in zip(proposals, rows, strict=True)]
+            for place, (row, guess) in enumerate(zip(rows, draft.propose(contexts, depth, sampling), strict=True)):
+                guess = guess.cut(row.left)
+                self.guesses[place].append(guess)
+                proposals[place] = proposals[place].joined(guess.calibrated(row.rates[guess.source].value))
+        size = self._best(rows, proposals)[0] if self.k is None else max(MOST, 4 * self.k)
+        return [proposal.best(size) for proposal in proposals]
 
-    def _worth(self, draft: Draft, rows: list[Row]) -> int:
+    def observe(self, rows: list[Row], steps: Mapping[int, list[int]]) -> None:
+        """What a pass brought each open row, by the row's number."""
+        for row, guesses in zip(rows, self.guesses, strict=True):
+            if row.open:
+                row.observe(guesses, steps[row.number])
+
+    def _worth(self, draft: Draft, rows: list[Row], proposals: list[Proposal]) -> int:
         """How many tokens to ask a costly draft for; 0 if that does not pay."""
-        if self.idle > PROBE:
-            return 1
-        rate = sum(row.rates[draft.name].value for row in rows) / len(rows)
-        return best_k(rate, self.engine.seconds, draft.seconds(), MOST // 2)
+        if self.k is not None:
+            return 0 if all(p.tokens for p, row in zip(proposals, rows, strict=True) if row.left > 0) else self.k
+        rate, seconds = sum(row.rates[draft.name].value for row in rows) / len(rows), draft.seconds()
+        k, gain = best_k(rate, self.engine.seconds, seconds, MOST // 2), self._best(rows, proposals)[1]
+        if speedup(rate, k, self.engine.seconds, seconds) > MARGIN * gain:
+            return k
+        return int(gain == 1 and self.idle > PROBE)
 
-    def cut(self, rows: list[Row], proposals: list[Proposal]) -> list[Proposal]:
-        """What of the proposals is verified: all of them cut at the depth that is best for the batch.
+    def _best(self, rows: list[Row], proposals: list[Proposal]) -> tuple[int, float]:
+        """How many drafted tokens of each row to verify, and the speed over plain decoding that this promises.
 
-        What a costly draft has drafted is there: from here on only the verifying pass costs.
+        What a costly draft has drafted is there: only the verifying pass costs.
         """
-        if self.k is not None or not any(p.tokens for p in proposals):
-            return proposals
-        depths = [proposal.depths for proposal in proposals]
-        deepest = [max(of_row, default=0) for of_row in depths]
-        rates = [row.rates[p.source].value if p.tokens else 0.0 for row, p in zip(rows, proposals, strict=True)]
+        reach = [sorted(proposal.reach, reverse=True)[:MOST] for proposal in proposals]
         weights = worth([row.left for row in rows], [row.pace.value for row in rows])
-
-        def width(cut: int) -> int:
-            return 1 + max(sum(depth <= cut for depth in of_row) for of_row in depths)
-
-        depth = best_depth(rates, deepest, width, self.engine.seconds, weights)
-        return [proposal.cut(depth) for proposal in proposals]
+        return best_size(reach, self.engine.seconds, weights)

@@ -45,6 +45,9 @@ class SelfDraft:
         assert self.engine is not None
         return draft_chain(self.engine, [ids[-1:] for ids in contexts], k, sampling, self.name)
 
+    def learn(self, tokens: list[list[int]], logits: torch.Tensor) -> None:
+        """It learns nothing."""
+
     def select(self, rows: list[int]) -> None:
         """The cache is the model's."""
 
@@ -84,4 +87,4 @@ def draft_chain(
         tokens = [[token] for token in picked.tolist()]
     columns = torch.stack(drafted, dim=1).tolist()  # [batch][k]
     by_row = torch.stack(probs, dim=1) if probs else [None] * len(columns)  # [batch, k, vocabulary]
-    return [Proposal(ids, list(range(-1, k - 1)), q, name) for ids, q in zip(columns, by_row, strict=True)]
+    return [Proposal.chain(ids, name, q) for ids, q in zip(columns, by_row, strict=True)]

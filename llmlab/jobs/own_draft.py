@@ -1,7 +1,8 @@
-"""Drafts by name, for the command line and the public face: "lookup", "self-4bit", or another model."""
+"""Drafts by name, for the command line and the public face: the free ones, "self-4bit", or another model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,9 @@ from llmlab.decoding.draft import Draft
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.lookup import PromptLookup
 from llmlab.decoding.model_draft import as_draft
+from llmlab.decoding.recycling import Recycling
 from llmlab.decoding.self_draft import SelfDraft
+from llmlab.decoding.suffix import Suffix
 from llmlab.kernels.fast import packed_dtype
 from llmlab.kernels.native import native
 from llmlab.kernels.packed_linear import QuantLinear, prepare
@@ -22,6 +25,7 @@ from llmlab.model.load import load
 from llmlab.quantization.grid import Scheme, rtn
 from llmlab.quantization.walk import quantize
 
+FREE: dict[str, Callable[[], Draft]] = {"lookup": PromptLookup, "suffix": Suffix, "recycling": Recycling}
 GROUP = 32  # the smallest group that the kernels take: a draft's quality is worth its half bit a weight
 
 
@@ -30,16 +34,16 @@ def named_drafts(lm: LM, names: str) -> list[Draft]:
 
     Args:
         lm: the model that will verify.
-        names: separated by commas, asked in this order: "lookup"; "self-4bit"; else what `llmlab.load` takes.
+        names: separated by commas: "lookup", "suffix", "recycling"; "self-4bit"; else what `llmlab.load` takes.
 
     Raises InputError for a name that means nothing or does not fit the model.
     """
     drafts: list[Draft] = []
     for name in (part.strip() for part in names.split(",")):
         if not name:
-            raise InputError("--draft takes lookup, self-4bit or a model; several with commas.")
-        if name == "lookup":
-            drafts.append(PromptLookup())
+            raise InputError("--draft takes lookup, suffix, recycling, self-4bit or a model; several with commas.")
+        if name in FREE:
+            drafts.append(FREE[name]())
         elif name == "self-4bit":
             drafts.append(SelfDraft(self_4bit(lm)))
         else:
