@@ -60,5 +60,5 @@ def _plain(packed: QuantLinear, dtype: torch.dtype) -> torch.nn.Linear:
 def bits_per_weight(model: torch.nn.Module) -> float:
     """Bits that a weight of a model's QuantLinears takes as saved: codes and grids, not biases or a kernel's copies."""
     linears = quant_linears(model)
-    saved = [tensor for m in linears for name, tensor in m.state_dict().items() if name != "bias"]
-    return 8 * sum(tensor.nbytes for tensor in saved) / sum(m.in_features * m.out_features for m in linears)
+    saved: list[int] = [t.nbytes for m in linears for name, t in m.state_dict().items() if name != "bias"]
+    return 8 * sum(saved) / sum(m.in_features * m.out_features for m in linears)
