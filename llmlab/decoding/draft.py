@@ -9,6 +9,7 @@ import torch
 
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.plain_engine import Decoder
+from llmlab.decoding.sampling import Sampling as Sampling
 
 
 @dataclass
@@ -31,6 +32,14 @@ class Proposal:
     def children(self) -> dict[tuple[int, int], int]:
         """The index of each drafted token by its parent's index and its id."""
         return {(p, t): i for i, (p, t) in enumerate(zip(self.parents, self.tokens, strict=True))}
+
+    @property
+    def paths(self) -> list[list[int]]:
+        """The drafted tokens down to each one, itself included; first the empty path, to the row's last token."""
+        paths: list[list[int]] = [[]]
+        for token, parent in zip(self.tokens, self.parents, strict=True):
+            paths.append([*paths[parent + 1], token])
+        return paths
 
     @property
     def depths(self) -> list[int]:
@@ -63,15 +72,6 @@ class Proposal:
                 part.tokens.append(token)
                 part.parents.append(numbers[parent])
         return part
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: temperature 0 is greedy."""
-
-    temperature: float
-    top_p: float
-    generator: torch.Generator
 
 
 class Draft(Protocol):
