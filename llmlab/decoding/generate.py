@@ -81,7 +81,7 @@ def generate(
     begin = time.perf_counter()
     encoded = encode_prompts(lm, prompts, max_new_tokens=max_new_tokens, chat=chat)
     settings = decode_settings(lm, max_new_tokens, sampling, stop, k)
-    writer = _writer(lm, engine, settings, draft, settings.length(encoded))
+    writer = writer_for(lm, engine, settings, draft, settings.length(encoded))
     seconds_warmup = writer.warm_up(encoded, batch_size) if writer.drafts else 0.0
     runs: list[Run] = []
     with progress(len(prompts), "generating", "prompt") as bar:
@@ -114,7 +114,7 @@ def _result(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=sampling.generator.initial_seed(),
-        sampling=sampling.told,
+        sampling=sampling.non_default,
         draft=", then ".join(draft.name for draft in writer.drafts),
         speculation=runs[-1].speculation,
         cache=writer.engine.kind,
@@ -153,7 +153,7 @@ def stream(
     check_settings([prompt], max_new_tokens, 1, stop, k)
     encoded = encode_prompts(lm, [prompt], max_new_tokens=max_new_tokens, chat=chat)
     settings = decode_settings(lm, max_new_tokens, sampling, stop, k)
-    passes = _writer(lm, engine, settings, draft, settings.length(encoded)).passes(encoded)
+    passes = writer_for(lm, engine, settings, draft, settings.length(encoded)).passes(encoded)
 
     def pieces() -> Iterator[str]:
         ids: list[int] = []
@@ -174,8 +174,11 @@ def stream(
     return pieces()
 
 
-def _writer(lm: LM, engine: Decoder | None, settings: Settings, draft: Drafts, length: int) -> Writer:
-    """Warns of what is asked for and left out: drafts, and settings of the model's generation_config."""
+def writer_for(lm: LM, engine: Decoder | None, settings: Settings, draft: Drafts, length: int) -> Writer:
+    """A writer of rows of up to `length` tokens; arguments as for `generate`.
+
+    Warns of what is asked for and left out: drafts, and settings of the model's generation_config.
+    """
     engine = engine or engine_for(lm)
     if ignored := unapplied(lm, settings.sampling):
         warnings.warn(f"{lm.name}'s generation_config asks for {ignored}: not applied.", stacklevel=3)

@@ -34,5 +34,5 @@ def unapplied(lm: LM, sampling: Sampling) -> str:
     """
     config = lm.model.generation_config
     names = [*ALWAYS, *(WHEN_SAMPLING if sampling.temperature > 0 else ())]
-    values = {name: getattr(config, name, None) for name in names if name not in sampling.told}
+    values = {name: getattr(config, name, None) for name in names if name not in sampling.non_default}
     return ", ".join(f"{n} = {v}" for n, v in values.items() if v not in (None, False, [], {}, NEUTRAL.get(n, 0)))

@@ -65,7 +65,7 @@ class Sampling:
                 raise InputError(complaint)
 
     @property
-    def told(self) -> dict[str, str]:
+    def non_default(self) -> dict[str, str]:
         """What is set beside temperature and nucleus, by name; nothing by default, so that records stay comparable."""
         options = [(option.name, getattr(self, option.name)) for option in fields(self)[3:]]
         return {name: str(value) for name, value in options if value != getattr(Sampling(), name)}
