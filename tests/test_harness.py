@@ -19,7 +19,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def both(smollm2):
     """(theirs, ours) over the same model."""
-    return HFLM(pretrained=smollm2.model, tokenizer=smollm2.tokenizer, batch_size=4), HarnessLM(smollm2, batch_size=2)
+    return HFLM(pretrained=smollm2.model, tokenizer=smollm2.tokenizer, batch_size=4), HarnessLM(
+        smollm2, batch_size=2, draft="lookup"
+    )
 
 
 def instances(kind, arguments):
@@ -72,7 +74,7 @@ UNTIL = ["Question:", "</s>", "<|im_end|>"]
 
 def asked(a, b, **settings):
     """A request as GSM8K makes it, with two examples."""
-    return f"{EXAMPLES}Question: {word_problem(a, b)[0]}\nAnswer:", {"until": UNTIL, "max_gen_toks": 40} | settings
+    return f"{EXAMPLES}Question: {word_problem(a, b)[0]}\nAnswer:", {"until": UNTIL, "max_gen_toks": 32} | settings
 
 
 def test_requests_of_several_settings_and_lengths_come_back_in_order(both, smollm2):
@@ -132,13 +134,17 @@ def test_samples_repeat_and_what_is_not_known_is_refused_before_the_work(both):
     assert "engine" not in ours.__dict__
 
 
-def test_a_context_that_is_too_long_loses_its_beginning_as_in_the_harness(tiny):
+def test_a_context_that_is_too_long_loses_its_beginning_as_in_the_harness(tiny, monkeypatch):
     theirs, ours = HFLM(pretrained=tiny.model, tokenizer=tiny.tokenizer, batch_size=2), HarnessLM(tiny, batch_size=2)
     settings = {"until": [], "max_gen_toks": 10, "do_sample": False}
     arguments = [("one two three " * 100, settings), ("a b c", settings)]
     expected = theirs.generate_until(instances("generate_until", arguments), disable_tqdm=True)
     with pytest.warns(UserWarning, match="1 contexts are longer than 246 tokens"):
         assert ours.generate_until(instances("generate_until", arguments)) == expected
+    assert not ours.engine.times.measured  # so little is written without a draft
+    monkeypatch.setattr("llmlab.jobs.harness.ENOUGH", 1)
+    assert ours.generate_until(instances("generate_until", arguments[::-1])) == expected[::-1]
+    assert ours.engine.times.measured
 
 
 def test_a_task_of_word_problems_has_the_harness_score(both, tmp_path):
@@ -153,7 +159,7 @@ output_type: generate_until
 test_split: test
 doc_to_text: "{{{{prompt}}}}"
 doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["Question:", "</s>", "<|im_end|>"], do_sample: false, max_gen_toks: 40}}
+generation_kwargs: {{until: ["Question:", "</s>", "<|im_end|>"], do_sample: false, max_gen_toks: 32}}
 metric_list:
   - metric: exact_match
     regexes_to_ignore: [",", "(?s).*#### "]
