@@ -103,6 +103,7 @@ def greedy_by_hand(lm, prompt, n, sampling):
     return new
 
 
+@pytest.mark.slow
 def test_greedy_ids_with_penalties_are_those_of_plain_decoding_with_every_draft_and_batch():
     lm = tiny_lm(24)
     engine, drafts = Engine(lm), (PromptLookup(shortest=1, branches=3), ModelDraft(tiny_lm(24, seed=1)), ModelDraft(lm))

@@ -133,10 +133,11 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         contexts = [self.tok_encode(request.args[0]) for request in requests]
         if [] in contexts:
             raise InputError(f"request {contexts.index([])} has an empty context: give it at least one token.")
-        texts = [""] * len(requests)
+        for numbers in groups.values():  # longest first, groups too: a cache that grows has its passes recorded anew
+            numbers.sort(key=lambda number: -len(contexts[number]))
+        jobs, texts = zip(groups.values(), settings, strict=True), [""] * len(requests)
         with progress(len(requests), "generating", "request") as bar:
-            for numbers, kwargs in zip(groups.values(), settings, strict=True):
-                numbers.sort(key=lambda number: -len(contexts[number]))
+            for numbers, kwargs in sorted(jobs, key=lambda job: -len(contexts[job[0][0]]) - job[1].most):
                 for number, text in self._continued(numbers, contexts, kwargs):
                     texts[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
