@@ -14,7 +14,7 @@ import llmlab
 from llmlab import InputError
 from llmlab.decoding.draft import Sampling
 from llmlab.decoding.engine import Engine, NotServed
-from llmlab.decoding.generate import unapplied
+from llmlab.decoding.generation_config import unapplied
 from llmlab.decoding.lookup import PromptLookup
 from llmlab.decoding.loop import Settings, decode
 from llmlab.decoding.model_draft import ModelDraft

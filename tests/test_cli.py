@@ -94,6 +94,28 @@ def test_generate_with_a_draft_writes_the_same_ids(run, tiny_folders, tmp_path):
     assert ids[0] == ids[1] == ids[2]
 
 
+def test_generate_takes_sampling_options_and_records_those_that_are_not_default(run, tiny_folders, tmp_path):
+    out = tmp_path / "out.json"
+    common = ["generate", "--model", tiny_folders["llama"], "--prompt", "a b", "--max-new-tokens", 6, "--json", out]
+    status, _, _ = run(*common, "--logit-bias", "300=1000", "--repetition-penalty", "1.5", "--top-k", 7)
+    result = json.loads(out.read_text())
+    assert status == 0
+    assert result["completions"][0]["ids"] == [300] * 6
+    recorded = result["record"]["settings"]
+    assert {name: recorded[name] for name in ("logit_bias", "repetition_penalty", "top_k")} == {
+        "logit_bias": "{300: 1000.0}", "repetition_penalty": "1.5", "top_k": "7",
+    }  # fmt: skip
+    assert "min_p" not in recorded
+    for options, message in (
+        (("--logit-bias", "x"), "--logit-bias takes ID=BIAS"),
+        (("--logit-bias", "49152=1"), "bias of token 49152"),
+        (("--min-p", "2"), "min-p 2"),
+        (("--seed", str(2**64)), "64 bits"),
+    ):
+        status, _, shown = run(*common, *options)
+        assert status == 2 and message in shown
+
+
 def test_plan_shows_sixteen_and_four_bits(run, tmp_path):
     out = tmp_path / "plan.json"
     status, shown, _ = run("plan", "--model", "opt-30b", "--devices", 4, "--memory", "32GiB", "--json", out)

@@ -83,6 +83,25 @@ def test_greedy_ids_are_those_of_plain_decoding(request, smollm2, engine, plain,
         assert tally.tokens_per_pass > 1.3
 
 
+def test_greedy_ids_with_a_repetition_penalty_are_transformers(smollm2, engine):
+    expected, end = [], smollm2.tokenizer.eos_token_id
+    for prompt in PROMPTS:
+        ids = torch.tensor([smollm2.encode(prompt)])
+        options = {"max_new_tokens": 16, "do_sample": False, "repetition_penalty": 1.15, "pad_token_id": 0}
+        new = smollm2.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist()
+        expected.append(new[: new.index(end)] if end in new else new)
+    for draft, k, batch_size in ((None, None, 1), (PromptLookup(shortest=1, branches=2), 4, 3)):
+        result = llmlab.generate(
+            smollm2, PROMPTS, max_new_tokens=16, repetition_penalty=1.15, draft=draft, k=k, batch_size=batch_size,
+            engine=engine,
+        )  # fmt: skip
+        assert [c.ids for c in result.completions] == expected
+    assert result.speculation.drafted
+    assert result.settings["repetition_penalty"] == "1.15"
+    assert "repetition_penalty 1.15" in result.protocol
+    assert "top_k" not in result.settings
+
+
 def _path(step):
     """The accepted tokens, found in the drafted tree by hand."""
     node, found = -1, []

@@ -11,7 +11,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from llmlab.bench import peers
 from llmlab.decoding.draft import Draft
 from llmlab.decoding.engine import Engine
-from llmlab.decoding.generate import decode_settings, end_tokens
+from llmlab.decoding.generate import decode_settings
+from llmlab.decoding.generation_config import end_tokens
 from llmlab.decoding.self_draft import SelfDraft
 from llmlab.decoding.writer import Run, Writer
 from llmlab.jobs.own_draft import FREE

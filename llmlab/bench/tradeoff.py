@@ -97,7 +97,7 @@ def measure_point(
     effort = effort or Effort()
     combination.check()
     check_precision(combination, check_device(device))
-    check_settings(given.prompts, effort.new_tokens, 0.0, 1.0, 1)
+    check_settings(given.prompts, effort.new_tokens, 1)
     if min(effort.timed, effort.repeats, effort.rows, effort.windows, len(given.questions)) < 1:
         raise InputError("a point needs at least one question, one timed question, one repeat, window and row.")
     if combination.cuts.ranks > 1:

@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -17,6 +17,9 @@ from llmlab.cli.compare import compare
 from llmlab.cli.lab import report, sweep
 from llmlab.cli.options import BatchSize, Data, Limit, Loading, Payload, add_verb, finish, measuring, read_rows
 from llmlab.cli.terminal import console, doctor_table, make_table, print_line
+
+if TYPE_CHECKING:
+    from llmlab.decoding.sampling import Sampling
 
 INTERRUPTED = 128 + signal.SIGINT  # the status that shells give
 MOST_ROWS = 16  # of a plan's table on the terminal
@@ -75,12 +78,31 @@ class Writing:
 
     max_new_tokens: Annotated[int, Option(help="At most N new tokens a prompt.")] = 64
     temperature: Annotated[float, Option(help="0 is greedy.")] = 0.0
+    top_k: Annotated[int, Option(help="Sample from the K most probable tokens; 0 for all.")] = 0
     top_p: Annotated[float, Option(help="Sample from the nucleus of this mass.")] = 1.0
+    min_p: Annotated[float, Option(help="Sample from tokens this share as probable as the most probable one.")] = 0.0
+    repetition_penalty: Annotated[float, Option(help="Divides logits of tokens in prompt and output.")] = 1.0
+    presence_penalty: Annotated[float, Option(help="Taken from logits of tokens in the output.")] = 0.0
+    frequency_penalty: Annotated[float, Option(help="The same, for each time they stand there.")] = 0.0
+    logit_bias: Annotated[list[str] | None, Option(help="ID=BIAS, added to a token's logit; several times.")] = None
     seed: Annotated[int, Option(help="Of the samples.")] = 0
     chat: Annotated[bool, Option("--chat", help="Put each prompt into the model's chat template.")] = False
     k: Annotated[int | None, Option(help="Tokens drafted a pass; by default as many as pay.")] = None
     stop: Annotated[list[str] | None, Option(help="End a completion at this text; several times.")] = None
     batch_size: BatchSize = 1
+
+    def settings(self) -> tuple[dict[str, Any], "Sampling"]:
+        """The arguments of `generate`, and how they sample. Raises InputError for a value out of range."""
+        from llmlab.decoding.sampling import Sampling, seeded
+
+        pairs = [text.partition("=") for text in self.logit_bias or []]
+        try:
+            bias = {int(token): float(value) for token, _, value in pairs}
+        except ValueError:
+            raise InputError("--logit-bias takes ID=BIAS, such as 198=-100.") from None
+        settings = asdict(self) | {"logit_bias": bias}
+        how = {name: settings[name] for name in Sampling.__dataclass_fields__.keys() & settings.keys()}
+        return settings, Sampling(**how, generator=seeded(self.seed))
 
 
 def generate(
@@ -103,9 +125,14 @@ def generate(
     rows = llmlab.data.read_prompts(prompts, limit=limit) if prompts else llmlab.data.prompts(limit=limit)
     texts = prompt or [row.text for row in rows]
     most, batch_size = writing.max_new_tokens, writing.batch_size
-    check_settings(texts, most, writing.temperature, writing.top_p, batch_size, writing.stop, writing.k)
-    lm, seconds = loading.load_checked(lambda lm: encode_prompts(lm, texts, max_new_tokens=most, chat=writing.chat))
-    settings = asdict(writing)
+    settings, sampling = writing.settings()
+    check_settings(texts, most, batch_size, writing.stop, writing.k)
+
+    def check(lm: llmlab.LM) -> None:
+        sampling.check_vocabulary(lm.card.vocab_size)
+        encode_prompts(lm, texts, max_new_tokens=most, chat=writing.chat)
+
+    lm, seconds = loading.load_checked(check)
     if draft is not None:
         engine = engine_for(lm)
         settings |= {"engine": engine}

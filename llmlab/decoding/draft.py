@@ -12,6 +12,7 @@ import torch
 
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.plain_engine import Decoder
+from llmlab.decoding.sampling import Sampling as Sampling
 
 S = TypeVar("S")
 LEAST = 0.02  # a token accepted less often is not worth its part of any pass
@@ -56,6 +57,14 @@ class Proposal:
     def children(self) -> dict[tuple[int, int], int]:
         """The index of each drafted token by its parent's index and its id."""
         return {(p, t): i for i, (p, t) in enumerate(zip(self.parents, self.tokens, strict=True))}
+
+    @property
+    def paths(self) -> list[list[int]]:
+        """The drafted tokens down to each one, itself included; first the empty path, to the row's last token."""
+        paths: list[list[int]] = [[]]
+        for token, parent in zip(self.tokens, self.parents, strict=True):
+            paths.append([*paths[parent + 1], token])
+        return paths
 
     @property
     def depths(self) -> list[int]:
@@ -163,15 +172,6 @@ def grow(
         if deep < depth:
             open_(node, -reach, deep, state)
     return tree
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: temperature 0 is greedy."""
-
-    temperature: float
-    top_p: float
-    generator: torch.Generator
 
 
 class Draft(Protocol):

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import torch
-
 from llmlab.base.errors import InputError
 from llmlab.base.progress import progress
-from llmlab.decoding.draft import Draft, Sampling
+from llmlab.decoding.draft import Draft
 from llmlab.decoding.engine import Engine
+from llmlab.decoding.generation_config import end_tokens, unapplied
 from llmlab.decoding.loop import Settings
 from llmlab.decoding.model_draft import MOST_K, ModelDraft, as_draft
 from llmlab.decoding.plain_engine import Decoder, engine_for
 from llmlab.decoding.result import Completion, GenerateResult
+from llmlab.decoding.sampling import Sampling, seeded
 from llmlab.decoding.text import text_until
 from llmlab.decoding.writer import Run, Writer
 from llmlab.model.lm import LM
 
 Drafts = Draft | LM | list[Draft | LM] | None
-
-# Settings of a generation_config that change which token follows, or where the text ends.
-ALWAYS = (
-    "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "suppress_tokens",
-    "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id",
-    "exponential_decay_length_penalty", "min_length", "min_new_tokens", "guidance_scale", "watermarking_config",
-    "token_healing", "num_beams", "stop_strings", "max_time",
-)  # fmt: skip
-WHEN_SAMPLING = ("top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-ONE = ("repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p")
-NEUTRAL = dict.fromkeys(ONE, 1)  # the value that changes nothing; 0 for the others
 
 
 def generate(
@@ -42,7 +30,13 @@ def generate(
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
+    top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: dict[int, float] | None = None,
     seed: int = 0,
     batch_size: int = 1,
     chat: bool = False,
@@ -58,7 +52,9 @@ def generate(
         prompts: texts; with `chat` each becomes one user turn of the model's chat template.
         max_new_tokens: at most this many tokens a prompt.
         temperature: 0 for greedy.
-        top_p: nucleus of the samples, in (0, 1].
+        top_k, top_p, min_p: sample from the most probable tokens alone; by default from all.
+        repetition_penalty, presence_penalty, frequency_penalty, logit_bias: change the logits, also of greedy decoding.
+            For all of these see `llmlab.decoding.sampling.Sampling`.
         seed: of the samples.
         batch_size: prompts decoded together; each row has its own length and ends by itself.
         chat: use the chat template.
@@ -77,11 +73,15 @@ def generate(
             that does not fit the model.
         NumericalError: the logits are not finite.
     """
-    check_settings(prompts, max_new_tokens, temperature, top_p, batch_size, stop, k, seed)
+    sampling = Sampling(
+        temperature, top_p, seeded(seed), top_k, min_p, repetition_penalty, presence_penalty,
+        frequency_penalty, logit_bias or {},
+    )  # fmt: skip
+    check_settings(prompts, max_new_tokens, batch_size, stop, k)
     begin = time.perf_counter()
     encoded = encode_prompts(lm, prompts, max_new_tokens=max_new_tokens, chat=chat)
-    settings = decode_settings(lm, max_new_tokens, temperature, top_p, seed, stop, k)
-    writer = _writer(lm, engine, settings, draft, settings.length(encoded))
+    settings = decode_settings(lm, max_new_tokens, sampling, stop, k)
+    writer = writer_for(lm, engine, settings, draft, settings.length(encoded))
     seconds_warmup = writer.warm_up(encoded, batch_size) if writer.drafts else 0.0
     runs: list[Run] = []
     with progress(len(prompts), "generating", "prompt") as bar:
@@ -114,6 +114,7 @@ def _result(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=sampling.generator.initial_seed(),
+        sampling=sampling.non_default,
         draft=", then ".join(draft.name for draft in writer.drafts),
         speculation=runs[-1].speculation,
         cache=writer.engine.kind,
@@ -127,7 +128,13 @@ def stream(
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
+    top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: dict[int, float] | None = None,
     seed: int = 0,
     chat: bool = False,
     stop: list[str] | None = None,
@@ -139,10 +146,14 @@ def stream(
 
     Raises what `generate` raises, before the first piece.
     """
-    check_settings([prompt], max_new_tokens, temperature, top_p, 1, stop, k, seed)
+    sampling = Sampling(
+        temperature, top_p, seeded(seed), top_k, min_p, repetition_penalty, presence_penalty,
+        frequency_penalty, logit_bias or {},
+    )  # fmt: skip
+    check_settings([prompt], max_new_tokens, 1, stop, k)
     encoded = encode_prompts(lm, [prompt], max_new_tokens=max_new_tokens, chat=chat)
-    settings = decode_settings(lm, max_new_tokens, temperature, top_p, seed, stop, k)
-    passes = _writer(lm, engine, settings, draft, settings.length(encoded)).passes(encoded)
+    settings = decode_settings(lm, max_new_tokens, sampling, stop, k)
+    passes = writer_for(lm, engine, settings, draft, settings.length(encoded)).passes(encoded)
 
     def pieces() -> Iterator[str]:
         ids: list[int] = []
@@ -163,8 +174,11 @@ def stream(
     return pieces()
 
 
-def _writer(lm: LM, engine: Decoder | None, settings: Settings, draft: Drafts, length: int) -> Writer:
-    """Warns of what is asked for and left out: drafts, and settings of the model's generation_config."""
+def writer_for(lm: LM, engine: Decoder | None, settings: Settings, draft: Drafts, length: int) -> Writer:
+    """A writer of rows of up to `length` tokens; arguments as for `generate`.
+
+    Warns of what is asked for and left out: drafts, and settings of the model's generation_config.
+    """
     engine = engine or engine_for(lm)
     if ignored := unapplied(lm, settings.sampling):
         warnings.warn(f"{lm.name}'s generation_config asks for {ignored}: not applied.", stacklevel=3)
@@ -184,19 +198,23 @@ def as_drafts(lm: LM, draft: Drafts) -> list[Draft]:
 def decode_settings(
     lm: LM,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling | None = None,
     stop: Sequence[str] | None = None,
     k: int | None = None,
 ) -> Settings:
-    """What the loop is told; arguments as for `generate`. A row ends at an end token or when a stop string is there."""
-    ends = end_tokens(lm)
+    """What the loop is told; by default greedy. A row ends at an end token or when a stop string is there.
+
+    The generator of `sampling` starts anew, on the model's device.
+
+    Raises InputError for the bias of a token that the model does not have.
+    """
+    ends, sampling = end_tokens(lm), sampling or Sampling()
+    sampling.check_vocabulary(lm.card.vocab_size)
+    sampling = replace(sampling, generator=seeded(sampling.generator.initial_seed(), lm.device))
 
     def finished(prompt: list[int], new: list[int]) -> bool:
         return new[-1] in ends or bool(stop and text_until(lm, prompt, new, stop)[1])
 
-    sampling = Sampling(temperature, top_p, torch.Generator(device=lm.device).manual_seed(seed))
     return Settings(max_new_tokens, sampling, finished, k)
 
 
@@ -221,38 +239,17 @@ def encode_prompts(lm: LM, prompts: list[str], *, max_new_tokens: int, chat: boo
     return encoded
 
 
-def end_tokens(lm: LM) -> set[int]:
-    """Ids that end a completion; a model may have several (end of text, end of turn)."""
-    configured = lm.model.generation_config.eos_token_id
-    if configured is None:
-        configured = lm.model.config.eos_token_id
-    if configured is None:
-        return set()
-    return set(configured) if isinstance(configured, (list, tuple)) else {configured}
-
-
-def unapplied(lm: LM, sampling: Sampling) -> str:
-    """What the model's generation_config asks for that is not done here, as "name = value, ..."."""
-    config = lm.model.generation_config
-    names = [*ALWAYS, *(WHEN_SAMPLING if sampling.temperature > 0 else ())]
-    values = {name: getattr(config, name, None) for name in names}
-    return ", ".join(f"{n} = {v}" for n, v in values.items() if v not in (None, False, [], {}, NEUTRAL.get(n, 0)))
-
-
 def check_settings(
     prompts: Sequence[str],
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
     batch_size: int,
     stop: Sequence[str] | None = None,
     k: int | None = None,
-    seed: int = 0,
 ) -> None:
     """Raise InputError for settings that make no sense; needs no model, so it can come before loading one."""
     if isinstance(prompts, str) or isinstance(stop, str):
         raise InputError("prompts and stop strings come as lists of texts: put the one text in brackets.")
-    counts = {"new tokens": max_new_tokens, "batch size": batch_size, "k": k or 0, "seed": seed}
+    counts = {"new tokens": max_new_tokens, "batch size": batch_size, "k": k or 0}
     if wrong := [f"{name} {value!r}" for name, value in counts.items() if not isinstance(value, int)]:
         raise InputError(f"{wrong[0]}: give a whole number.")
     empty = next((index for index, prompt in enumerate(prompts) if not prompt.strip()), None)
@@ -260,12 +257,9 @@ def check_settings(
         "there are no prompts: give at least one.": not prompts,
         f"prompt {empty} is empty.": empty is not None,
         f"{max_new_tokens} new tokens: give a positive number.": max_new_tokens < 1,
-        f"temperature {temperature}: give 0 (greedy) or more.": not 0 <= temperature < math.inf,
-        f"top-p {top_p}: give a number above 0 and at most 1.": not 0 < top_p <= 1,
         f"batch size {batch_size}: give a positive number.": batch_size < 1,
         "an empty stop string would end everything at once: leave it out.": "" in (stop or []),
         f"k = {k} drafted tokens: give 0 to {MOST_K}, or none to adapt it.": k is not None and not 0 <= k <= MOST_K,
-        f"seed {seed}: give a number of 64 bits.": not -(2**63) <= seed < 2**64,
     }
     for complaint, holds in complaints.items():
         if holds:

@@ -87,7 +87,7 @@ def decode(
     engine.start(len(prompts), settings.room(prompts))
     logits = engine.prefill(prompts)
     _best(logits, engine)
-    firsts = [verify(Proposal(), logits[row.number, None], settings.sampling)[1] for row in rows]
+    firsts = [_choose(row, Proposal(), logits[row.number, None], settings.sampling)[1] for row in rows]
     yield {row.number: _give(row, Step("", [], [], 0, [firsts[row.number]]), settings) for row in rows}
     for draft in drafts:
         draft.begin(engine, prompts, settings.length(prompts))
@@ -142,12 +142,21 @@ def _verified(
     kept: list[list[int]] = [[] for _ in rows]
     for place, (row, proposal) in enumerate(zip(rows, proposals, strict=True)):
         if row.open:
-            path, token = verify(proposal, logits[place, : len(tokens[place])], sampling, best[place])
+            path, token = _choose(row, proposal, logits[place, : len(tokens[place])], sampling, best[place])
             kept[place] = [0, *(node + 1 for node in path)]
             accepted = [proposal.tokens[node] for node in path]
             steps[row.number] = Step(proposal.source, proposal.tokens, proposal.parents, len(path), [*accepted, token])
     engine.keep(kept)
     return steps
+
+
+def _choose(
+    row: Row, proposal: Proposal, logits: torch.Tensor, sampling: Sampling, best: list[int] | None = None
+) -> tuple[list[int], int]:
+    """`verify`, each position with the bias and penalties that the tokens before it call for."""
+    if sampling.adjusts:
+        logits, best = sampling.adjusted(logits, row.prompt, row.new, proposal.paths), None
+    return verify(proposal, logits, sampling, best)
 
 
 def _best(logits: torch.Tensor, engine: Decoder) -> list[list[int]]:

@@ -40,6 +40,7 @@ class GenerateResult:
         draft: what drafted tokens; empty for plain decoding.
         speculation: what was drafted and accepted, and what the cost model says; None for plain decoding.
         cache: what kept the past: the static KV cache, or transformers' own where that is not exact for the model.
+        sampling: what is set of `Sampling` beside temperature and nucleus.
         memory_bytes: what the engine and its drafts held: weights, copies of them in other layouts, caches.
     """
 
@@ -60,6 +61,7 @@ class GenerateResult:
     speculation: Tally | None = None
     cache: str = "static KV cache"
     memory_bytes: int | None = None
+    sampling: dict[str, str] = field(default_factory=dict)
     task: str = "generate"
     data: str = "prompts"
 
@@ -86,12 +88,13 @@ class GenerateResult:
             "top_p": f"{self.top_p:g}",
             "batch_size": str(self.batch_size),
             "draft": self.draft,
-        }
+        } | self.sampling
 
     @property
     def protocol(self) -> str:
         """How the numbers came about, in one line."""
         how = "greedy" if self.temperature == 0 else f"temperature {self.temperature}, top-p {self.top_p}"
+        how += "".join(f", {name} {value}" for name, value in self.sampling.items())
         drafting = f", draft: {self.draft}" if self.draft else ""
         return f"{how}, batch size {self.batch_size}, {self.cache}{drafting}, tokens counted from ids"
 

@@ -12,7 +12,6 @@ from llmlab.base.errors import InputError
 from llmlab.decoding.draft import Proposal, Sampling
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.plain_engine import Decoder
-from llmlab.decoding.sampling import next_token_probs
 from llmlab.model.lm import LM
 
 
@@ -64,6 +63,7 @@ def draft_chain(
 
     `vocabulary`: of the model that verifies, for a draft with a cache of its own, in which the fresh ones stay. Models
     with one tokenizer may pad theirs to different sizes: what the draft lacks it never drafts, nor what it has alone.
+    Bias and penalties are left to the model that verifies: a draft without them is accepted less often, never wrong.
     """
     tokens, ahead = fresh, 0
     drafted: list[torch.Tensor] = []
@@ -80,7 +80,7 @@ def draft_chain(
         if sampling.temperature == 0:
             picked = logits.argmax(dim=-1)
         else:
-            distribution = next_token_probs(logits, sampling.temperature, sampling.top_p)
+            distribution = sampling.probs(logits)
             probs.append(distribution)
             picked = torch.multinomial(distribution, 1, generator=sampling.generator).squeeze(-1)
         drafted.append(picked)

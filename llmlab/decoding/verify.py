@@ -21,7 +21,6 @@ from collections.abc import Callable
 import torch
 
 from llmlab.decoding.draft import Proposal, Sampling
-from llmlab.decoding.sampling import next_token_probs
 
 
 def verify(
@@ -31,7 +30,8 @@ def verify(
 
     Args:
         proposal: of one row.
-        logits: [1 + drafted, vocabulary]: behind the row's last token, then behind each drafted one.
+        logits: [1 + drafted, vocabulary]: behind the row's last token, then behind each drafted one; with the bias and
+            penalties of `sampling`, if it has any (see `Sampling.adjusted`).
         sampling: temperature 0 is greedy.
         best: the argmax of each row of logits where it is known already.
 
@@ -79,7 +79,7 @@ def _follow(proposal: Proposal, choose: Callable[[int], int]) -> tuple[list[int]
 
 
 def _probs(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    return next_token_probs(logits[None], sampling.temperature, sampling.top_p)[0]
+    return sampling.probs(logits[None])[0]
 
 
 def _draw(probs: torch.Tensor, sampling: Sampling) -> int:
