@@ -113,7 +113,7 @@ def test_random_weights_of_a_quantized_config_are_one_sentence(tiny_folders, tmp
 
 def test_a_random_weight_that_is_no_number_is_named(tiny_folders, monkeypatch):
     monkeypatch.setattr(RandomTensors, "read", lambda self, name, like, part: torch.full(like.shape, torch.nan))
-    with pytest.raises(InputError, match="random weights: the tensor model.embed_tokens.weight holds NaN"):
+    with pytest.raises(InputError, match=r"random weights: the tensor model\.embed_tokens\.weight holds NaN"):
         outline(f"random:{tiny_folders['llama']}", "fp32", CPU)
 
 

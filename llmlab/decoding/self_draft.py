@@ -63,7 +63,7 @@ def draft_chain(
     with one tokenizer may pad theirs to different sizes: what the draft lacks it never drafts, nor what it has alone.
     """
     tokens, ahead = fresh, 0
-    drafted: list[torch.Tensor] = []
+    drafted: list[list[int]] = []  # [k][batch]
     probs: list[torch.Tensor] = []
     for _ in range(k):
         logits = engine.forward(tokens, ahead=ahead)  # [batch, width, vocabulary]
@@ -80,8 +80,8 @@ def draft_chain(
             distribution = next_token_probs(logits, sampling.temperature, sampling.top_p)
             probs.append(distribution)
             picked = torch.multinomial(distribution, 1, generator=sampling.generator).squeeze(-1)
-        drafted.append(picked)
-        tokens = [[token] for token in picked.tolist()]
-    columns = torch.stack(drafted, dim=1).tolist()  # [batch][k]
+        drafted.append(picked.tolist())
+        tokens = [[token] for token in drafted[-1]]
+    columns = list(map(list, zip(*drafted, strict=True)))  # [batch][k]
     by_row = torch.stack(probs, dim=1) if probs else [None] * len(columns)  # [batch, k, vocabulary]
     return [Proposal(ids, list(range(-1, k - 1)), q, name) for ids, q in zip(columns, by_row, strict=True)]
