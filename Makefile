@@ -112,6 +112,7 @@ $(DRY)/.installed: pyproject.toml constraints.txt
 
 gpu-dry: $(DRY)/.installed  ## no GPU: its code walked at full size on fake tensors: wrong devices, waits, launches, memory
 	@echo "== llmlab: walking every rank of LLaMA-30B and OPT-30B on four cards that are not there (20 minutes on 2 cores)"
+	@$(DRY)/bin/python -m pytest tests/test_gpu_dry.py tests/test_triton.py
 	@CUDA_VISIBLE_DEVICES= $(DRY)/bin/python tests/gpu_dry/ranks.py
 
 notebooks: export LLMLAB_FIGURES := $(CURDIR)/figures

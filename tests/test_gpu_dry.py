@@ -69,7 +69,7 @@ def test_a_capture_refuses_to_wait_and_tells_what_it_writes(walk):
 
 
 @with_cuda_build
-@pytest.mark.parametrize(("name", "bits"), [("tensor 2 x pipeline 2", 16), ("data 4", 4)])
+@pytest.mark.parametrize(("name", "bits"), [("tensor 4", 16), ("data 4", 4)])
 def test_a_rank_of_a_small_model(walk, name, bits):
     ranks = importlib.import_module("ranks")
     card = model_card("random:opt-125m")
