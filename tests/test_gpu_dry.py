@@ -68,6 +68,7 @@ def test_a_capture_refuses_to_wait_and_tells_what_it_writes(walk):
             card.capture(lambda: x.sum().item())
 
 
+@pytest.mark.slow
 @with_cuda_build
 @pytest.mark.parametrize(("name", "bits"), [("tensor 4", 16), ("data 4", 4)])
 def test_a_rank_of_a_small_model(walk, name, bits):
