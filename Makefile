@@ -12,7 +12,7 @@ TORCH_INDEX ?= $(INSTALLED_INDEX)
 # Two processes side by side, which share the cores (see tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: again lab test quick setup check peers gpu notebooks figures constraints pins clean
+.PHONY: again lab test quick setup check peers gpu gpu-dry notebooks figures constraints pins clean
 .DEFAULT_GOAL := lab
 
 lab: $(STAMP)  ## run the notebooks into report/: pages, figures and index.html; no tracked file changes
@@ -99,6 +99,22 @@ gpu: $(STAMP)  ## on GPUs: llmlab gpu-check, then the benchmarks; records in dat
 	@cp $(GPU_HOME)/data/runs/records.jsonl data/reference/$(NAME).jsonl
 	@echo "== llmlab: records in data/reference/$(NAME).jsonl, pages in report/gpu/index.html"
 
+# An environment of its own for torch's CUDA build, which works without a GPU. "===": no build with a label, such as +cpu.
+DRY := .venv-cuda
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+$(DRY)/.installed: pyproject.toml constraints.txt
+	@echo "== llmlab: installing torch's CUDA build into $(DRY) (5.6 GB, 2 to 10 minutes)"
+	@test -x $(DRY)/bin/python || $(PYTHON) -m venv $(DRY)
+	@$(DRY)/bin/python -m pip install -qq --disable-pip-version-check 'torch===$(TORCH)'
+	@$(DRY)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e . pytest
+	@touch $@
+
+gpu-dry: $(DRY)/.installed  ## no GPU: its code walked at full size on fake tensors: wrong devices, waits, launches, memory
+	@echo "== llmlab: walking every rank of LLaMA-30B and OPT-30B on four cards that are not there (20 minutes on 2 cores)"
+	@$(DRY)/bin/python -m pytest tests/test_gpu_dry.py tests/test_triton.py
+	@CUDA_VISIBLE_DEVICES= $(DRY)/bin/python tests/gpu_dry/ranks.py
+
 notebooks: export LLMLAB_FIGURES := $(CURDIR)/figures
 notebooks: $(STAMP)  ## execute the committed notebooks in place, figures into figures/; progress bars keep one line
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
@@ -117,4 +133,4 @@ pins: $(STAMP)  ## let pip resolve the pins with the CUDA build of torch for $(P
 	@$(BIN)/python tests/pins.py $(PYTHON)
 
 clean:
-	rm -rf $(VENV) .peers report .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DRY) .peers report .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ import llmlab
 from llmlab import InputError, Metric
 from llmlab.bench.ablation import ablation
 from llmlab.bench.bill import bills
-from llmlab.bench.challenge import challenge, synthetic_sequences
+from llmlab.bench.challenge import challenge, plan_here, synthetic_sequences
 from llmlab.bench.decoders import Decoder
 from llmlab.bench.decoding import CASCADE, FREE_DRAFTS, Unit, _difference, bench_decoding
 from llmlab.bench.quantization import bench_quantization, variants
@@ -204,7 +205,7 @@ def test_challenge_over_ranks_finds_the_same_answers(tiny_folders):
 def test_challenge_over_ranks_needs_no_weights(tiny_folders, monkeypatch):
     """Synthetic questions through a shape's random weights; the layout is ours, as the whole model fits each rank."""
     best = SimpleNamespace(best=Cuts(pipeline=2))
-    monkeypatch.setattr("llmlab.bench.challenge._plan", lambda lm, devices: best)
+    monkeypatch.setattr("llmlab.bench.challenge.plan_here", lambda lm, devices: best)
     shape = f"random:{tiny_folders['llama']}"
     lm, measured = challenge(shape, None, limit=5, device="cpu", layers=2, devices=2)
     assert (measured.n, measured.seed, measured.details["synthetic"]) == (5, 0, True)
@@ -232,14 +233,25 @@ def test_challenge_over_ranks_from_the_command_line(tiny_folders, monkeypatch, t
     assert (tmp_path / "challenge.html").exists()
 
 
-def test_bench_sharding_reports_what_it_promises(tiny_folders):
+def test_bench_sharding_reports_what_it_promises(tiny_folders, monkeypatch):
     questions = llmlab.data.everyday(8)
     folder = str(tiny_folders["llama"])
-    alone = llmlab.score(llmlab.load(folder, dtype="fp32"), questions)
+    lm = llmlab.load(folder, dtype="fp32")
+    alone = llmlab.score(lm, questions)
     with llmlab.ranks(2, device="cpu") as two:
-        measured = bench_sharding(two, folder, questions, alone, repeats=1)
+        measured = bench_sharding(two, lm, questions, alone, repeats=1)
+        replica = next(layout for layout in plan_here(lm, 2).layouts if layout.name == "data 2").bytes
+        machine = SimpleNamespace(total=4 * (replica - 1))  # two ranks; an fp32 number takes the place of two
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+        without = bench_sharding(two, lm, questions, alone, repeats=1).details
+        machine.total = 2**30
+        with pytest.raises(InputError, match=r"pipeline 2 needs .* all layouts are compared with it"):
+            bench_sharding(two, lm, questions, alone)
+    assert "data 2" not in [row["layout"] for row in without["layouts"]]
+    assert without["left_out"].startswith("left out: data 2 needs 1.0 GiB a device")
     result = measured.details
     json.dumps(result)
+    assert result["left_out"] == ""
     names = [(row["layout"], row["schedule"]) for row in result["layouts"]]
     assert names[0] == ("pipeline 2", "naive")
     assert set(names[1:]) == {(f"{how} 2", "micro-batches") for how in ("pipeline", "tensor", "data")}

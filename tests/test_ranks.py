@@ -92,7 +92,7 @@ def test_the_real_model_too(four, smollm2, questions, sizes):
 
 @pytest.mark.parametrize(
     ("family", "sizes"),
-    [("llama", {"tensor": 2, "pipeline": 2}), ("opt", {"tensor": 2}), ("opt", {"pipeline": 2})],
+    [("llama", {"tensor": 2, "pipeline": 2}), ("opt", {"tensor": 2}), ("opt", {"pipeline": 2}), ("llama", {})],
     ids=str,
 )
 def test_generation_gives_the_same_ids(four, tiny_folders, family, sizes):

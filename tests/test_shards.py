@@ -1,5 +1,6 @@
 """What a rank holds, where it reads it to, when it lets go of it, and when it says that it works."""
 
+import json
 import os
 from types import SimpleNamespace
 
@@ -9,15 +10,18 @@ import torch
 from conftest import CHECKOUT
 
 import llmlab
+from llmlab.base.errors import InputError
 from llmlab.jobs.over_ranks import RankGroup
 from llmlab.measure.memory import peak_bytes
 from llmlab.model.fill import Tensors, empty_model, local_folder
 from llmlab.model.sources import read_config, resolve
+from llmlab.quantization.grid import Scheme
+from llmlab.quantization.settings import quant_config
 from llmlab.sharding import joined, pipeline
 from llmlab.sharding.assemble import Place, assemble
 from llmlab.sharding.busy import Busy
 from llmlab.sharding.cuts import Cuts
-from llmlab.sharding.load import RandomTensors, outline
+from llmlab.sharding.load import RandomTensors, check_layout, outline
 from llmlab.sharding.peers import Meeting, ThreadPeers
 from llmlab.sharding.pipeline import Stage, stage_layers
 from llmlab.sharding.rank import own_device
@@ -93,6 +97,24 @@ def test_random_parts_are_made_where_they_go():
     assert torch.equal(part, tensors.read("a.weight", like, (slice(4, 8), slice(2, 6))))
     norm = torch.empty(6, device="meta")
     assert tensors.read("a.weight", norm, ()).eq(1).all() and tensors.read("a.bias", norm, ()).eq(0).all()
+
+
+def test_random_weights_of_a_quantized_config_are_one_sentence(tiny_folders, tmp_path):
+    config = json.loads((tiny_folders["llama"] / "config.json").read_text())
+    config["quantization_config"] = quant_config(Scheme(4, 32), "gptq")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for begin in (
+        lambda: outline(f"random:{tmp_path}", "fp16", CPU),
+        lambda: check_layout(f"random:{tmp_path}", Cuts(tensor=2), 2),
+    ):
+        with pytest.raises(InputError, match="ranks make plain random weights"):
+            begin()
+
+
+def test_a_random_weight_that_is_no_number_is_named(tiny_folders, monkeypatch):
+    monkeypatch.setattr(RandomTensors, "read", lambda self, name, like, part: torch.full(like.shape, torch.nan))
+    with pytest.raises(InputError, match=r"random weights: the tensor model\.embed_tokens\.weight holds NaN"):
+        outline(f"random:{tiny_folders['llama']}", "fp32", CPU)
 
 
 def test_an_outline_knows_the_model_and_holds_its_embedding(tiny_folders):

@@ -97,7 +97,7 @@ def _over_ranks(
     with ranks(devices, device=device) as group:
         where = torch.device(group.device)
         lm = outline(model, check_dtype(dtype, where), where, layers)
-        cuts = group.cuts(_plan(lm, devices).best, 0, 1, 1)
+        cuts = group.cuts(plan_here(lm, devices).best, 0, 1, 1)
         parts = partial(group.score_parts, model, cuts=cuts, dtype=lm.dtype, layers=layers)
         parts(asked[: 4 * devices])  # loads the shards, and every rank meets those that it works with
         loaded = time.perf_counter()
@@ -109,7 +109,7 @@ def _over_ranks(
     return _Run(lm, result, how_scored(scored, cuts, SCHEDULES[0]), loaded, inference, waited)
 
 
-def _plan(lm: LM, devices: int) -> Plan:
+def plan_here(lm: LM, devices: int) -> Plan:
     """What fits the memory of the smallest of these GPUs, or a share of this machine's."""
     if lm.device.type == "cuda":
         memory = min(card.memory for card in nvidia().cards[:devices])

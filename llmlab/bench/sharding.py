@@ -15,13 +15,15 @@ import torch
 import torch.distributed as dist
 
 from llmlab.base.clock import seconds_of
+from llmlab.base.errors import InputError
 from llmlab.base.stats import Metric
+from llmlab.bench.challenge import plan_here
 from llmlab.data import Question
 from llmlab.jobs.over_ranks import RankGroup, gather_scores, timeline
 from llmlab.jobs.rank_parts import ScoredPart
 from llmlab.measure.record import Measurement, Row
 from llmlab.model.card import ModelCard
-from llmlab.model.lm import DTYPES, check_dtype
+from llmlab.model.lm import DTYPES, LM
 from llmlab.model.load import model_card
 from llmlab.scoring.paired import paired
 from llmlab.scoring.score import ScoreResult
@@ -75,22 +77,27 @@ class RankTimes:
 
 
 def bench_sharding(
-    group: RankGroup,
-    model: str,
-    questions: list[Question],
-    alone: ScoreResult,
-    *,
-    dtype: str | None = None,
-    repeats: int = 3,
+    group: RankGroup, lm: LM, questions: list[Question], alone: ScoreResult, *, repeats: int = 3
 ) -> Measurement:
     """Everything that the benchmark reports, ready for JSON in `details`; speeds are ratios to the naive split.
 
-    `alone`: the questions' scores by one process in `dtype`. Each layout runs `repeats` times, interleaved.
+    Layouts that the planner finds no memory for are left out; `details` has a sentence on them under "left_out".
+
+    Args:
+        group: the ranks.
+        lm: the model or its `outline`; ranks load it by its name.
+        questions: to score.
+        alone: their scores by one process in the same dtype.
+        repeats: runs of each layout, interleaved.
+
+    Raises InputError where the naive split, which all are compared with, does not fit.
     """
-    card, dtype = model_card(model), check_dtype(dtype, torch.device(group.device))
-    score = partial(group.score_parts, model, dtype=dtype)
-    fitting = [cuts for cuts in all_cuts(group.size) if not cuts.misfit(card.layers, card.kv_heads)]
+    card, score = lm.card, partial(group.score_parts, lm.name, dtype=lm.dtype)
+    problems = {layout.name: layout.problem for layout in plan_here(lm, group.size).layouts}
+    fitting = [cuts for cuts in all_cuts(group.size) if problems[cuts.name] is None]
     pipeline = Cuts(pipeline=group.size)
+    if pipeline not in fitting:
+        raise InputError(f"{pipeline.name} {problems[pipeline.name]}: all layouts are compared with it.")
     layouts = [(pipeline, "naive"), *((cuts, "micro-batches") for cuts in fitting)]
     runs: dict[tuple[Cuts, str], Runs] = {layout: [] for layout in layouts}
     for _ in range(repeats):
@@ -99,8 +106,8 @@ def bench_sharding(
                 score(questions[: 4 * cuts.data], cuts, schedule=schedule)  # loads and warms up
             of_layout.append(score(questions, cuts, schedule=schedule))
     naive = runs[layouts[0]]
-    times = _measured_times(score, questions, naive, card, group.size)
-    reduce = statistics.median(group.run(time_reduce, card.hidden_size, card.intermediate_size, dtype))
+    times = _measured_times(score, questions, naive, card, fitting)
+    reduce = statistics.median(group.run(time_reduce, card.hidden_size, card.intermediate_size, lm.dtype))
     times = replace(times, reduce=reduce)
     rows = [_row(times, of_layout, *layout, questions, alone) for layout, of_layout in runs.items()]
     # The micro-batched pipeline on devices of its own, for more questions of the same kind.
@@ -119,6 +126,8 @@ def bench_sharding(
     }
     details: Row = {"n": len(questions), "devices": group.size, "repeats": repeats, "layouts": rows}
     details |= {name: metric.value for name, metric in totals.items()}
+    left_out = [f"{name} {problem}" for name, problem in problems.items() if problem is not None]
+    details["left_out"] = f"left out: {'; '.join(left_out)}" if left_out else ""
     details |= {"effective_cores": times.cores, "link_seconds": times.link}
     details["projection"] = f"LLaMA-30B, fp16, {projected.best.name}; {projected.assumptions}"
     protocol = (
@@ -165,9 +174,10 @@ def _measured_times(
     questions: list[Question],
     naive: Runs,
     card: ModelCard,
-    size: int,
+    fitting: list[Cuts],
 ) -> RankTimes:
-    """Lines through the naive schedule's times of `size` ranks, and what cores and links do."""
+    """Lines through the naive schedule's times, and what cores and links do in the layouts that fit."""
+    size = fitting[0].ranks
     bounds, nodes = _bounds(card, size), np.array(naive[0][0].nodes, dtype=float)
     # [stages][passes], the median over the runs
     seconds = np.median([[[e - s for s, e in part.busy] for part in parts] for parts in naive], axis=0)
@@ -178,9 +188,10 @@ def _measured_times(
     hops = len(nodes) * size  # a batch's hops from stage to stage, and the word that it has left
     link = max(0.0, (statistics.median(map(_seconds, naive)) - seconds.sum()) / hops)
     times = RankTimes(card, tuple(layer.tolist()), tuple(head.tolist()), link, reduce=0.0, cores=float(size))
-    # How many undisturbed ranks' work this machine does at once: what makes the simulation of a short run of replicas
-    # take as long as the run did.
-    replicas, few = Cuts(data=size), questions[: max(size, len(questions) // 4)]
+    # How many undisturbed ranks' work this machine does at once: what makes the simulation of a short run of as many
+    # replicas as fit take as long as the run did.
+    replicas = max((cuts for cuts in fitting if cuts.tensor == 1), key=lambda cuts: cuts.data)
+    few = questions[: max(size, len(questions) // 4)]
     score(questions[:size], replicas)  # loads and warms up
     runs = [score(few, replicas) for _ in range(3)]
     measured, work = statistics.median(map(_seconds, runs)), _nodes(runs[0], replicas)

@@ -194,10 +194,11 @@ def sharding(
     alone = llmlab.score(lm, questions)
     lm = outline(place.model, lm.dtype, lm.device)  # the whole model makes room for the ranks' parts
     with llmlab.ranks(devices, device=place.device) as group:
-        measured = bench_sharding(group, place.model, questions, alone, dtype=lm.dtype, repeats=repeats)
+        measured = bench_sharding(group, lm, questions, alone, repeats=repeats)
     _print_rows("layouts", measured.details["layouts"], LAYOUT)
     payload = finish(f"{place.model} on {devices} ranks", lm, measured, warmup=1, repeats=repeats)
-    print_line(measured.details["projection"])
+    for said in (measured.details["left_out"], measured.details["projection"]):
+        print_line(said)
     return payload
 
 

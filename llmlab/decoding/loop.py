@@ -161,10 +161,12 @@ def _choose(
 
 def _best(logits: torch.Tensor, engine: Decoder) -> list[list[int]]:
     """The argmax of each row, [batch][width] or [batch]. Raises NumericalError for NaN and infinity: they are it."""
-    best = logits.argmax(dim=-1)
-    if not torch.isfinite(logits.gather(-1, best[..., None])).all():
+    best = logits.argmax(dim=-1, keepdim=True)
+    # A number tells both, so that a step waits for a GPU once.
+    told = best.where(logits.gather(-1, best).isfinite(), -1).squeeze(-1).cpu()
+    if (told < 0).any():
         raise NumericalError(f"the logits of {engine.lm.name} are not finite in {engine.lm.dtype}: try fp32.")
-    ids: list[list[int]] = best.tolist()
+    ids: list[list[int]] = told.tolist()
     return ids
 
 

@@ -66,7 +66,7 @@ def draft_chain(
     Bias and penalties are left to the model that verifies: a draft without them is accepted less often, never wrong.
     """
     tokens, ahead = fresh, 0
-    drafted: list[torch.Tensor] = []
+    drafted: list[list[int]] = []  # [k][batch]
     probs: list[torch.Tensor] = []
     for _ in range(k):
         logits = engine.forward(tokens, ahead=ahead)  # [batch, width, vocabulary]
@@ -83,8 +83,8 @@ def draft_chain(
             distribution = sampling.probs(logits)
             probs.append(distribution)
             picked = torch.multinomial(distribution, 1, generator=sampling.generator).squeeze(-1)
-        drafted.append(picked)
-        tokens = [[token] for token in picked.tolist()]
-    columns = torch.stack(drafted, dim=1).tolist()  # [batch][k]
+        drafted.append(picked.tolist())
+        tokens = [[token] for token in drafted[-1]]
+    columns = list(map(list, zip(*drafted, strict=True)))  # [batch][k]
     by_row = torch.stack(probs, dim=1) if probs else [None] * len(columns)  # [batch, k, vocabulary]
     return [Proposal.chain(ids, name, q) for ids, q in zip(columns, by_row, strict=True)]

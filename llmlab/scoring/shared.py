@@ -277,16 +277,18 @@ class Totals:
 def _terms(batch: Batch, logits: Iterable[torch.Tensor]) -> tuple[list[float], list[bool]]:
     """Of each triple log p(token), and whether that token is the most probable one."""
     device, first = batch.targets.device, 0
-    values = torch.empty(len(batch.rows), device=device)
-    greedy = torch.empty(len(batch.rows), dtype=torch.bool, device=device)
+    terms = torch.empty(2, len(batch.rows), device=device)  # read at once: a pass waits for a GPU once
+    values, greedy = terms
     # Soft-max in fp32 over a few rows at a time. As log_softmax, not logsumexp: torch's CPU kernels differ by 1e-5 nats
     # a token, and the reference path and lm-evaluation-harness use this one.
     for few in (few for part in logits for few in torch.split(part, SOFTMAX_ROWS[device.type])):
         here = ((batch.rows >= first) & (batch.rows < first + len(few))).nonzero().squeeze(-1)  # triples of these rows
         if len(here):
-            row, here = (batch.rows[here] - first).to(device), here.to(device)
+            # Without waiting for the GPU, which a plain copy does.
+            row, here = (t.to(device, non_blocking=True) for t in (batch.rows[here] - first, here))
             predictions = few.float().log_softmax(dim=-1)  # [rows, vocabulary]
             values[here] = predictions[row, batch.targets[here]]
-            greedy[here] = values[here] == predictions.amax(dim=-1)[row]
+            greedy[here] = (values[here] == predictions.amax(dim=-1)[row]).float()
         first += len(few)
-    return values.tolist(), greedy.tolist()
+    log_probs, most_probable = terms.tolist()
+    return log_probs, list(map(bool, most_probable))

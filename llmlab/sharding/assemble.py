@@ -52,7 +52,8 @@ def assemble(
     parts = _fill_layers(model, tensors, device, place, cutter, settings)
     if place.cut.size > 1:
         tensor.attach(model, cutter, parts, place.cut_peers, place.stage)
-    pipeline.attach(model, place.stage)
+    if place.stage.size * place.cut.size > 1:  # else it is a model like any other: its passes can be captured
+        pipeline.attach(model, place.stage)
     prepare(model, model.dtype)
 
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from llmlab.base.errors import InputError
-from llmlab.sharding.launch import check_world, gather, join_check
-from llmlab.sharding.rank import BACKENDS, Rank, own_device
+from llmlab.sharding.launch import check_world
+from llmlab.sharding.rank import BACKENDS, Rank, gather, join_check, own_device
 
 # What torchrun sets for each process. Its run's id tells it from a torch.distributed cell that set the others by hand.
 TORCHRUN = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
@@ -28,7 +27,7 @@ from llmlab.base.errors import InputError, RankError
 from llmlab.base.progress import progress
 from llmlab.kernels.cuda import advice, nvidia, usable
 from llmlab.model.lm import check_device
-from llmlab.sharding.rank import Rank, give_back
+from llmlab.sharding.rank import Rank, give_back, join_check
 
 GRACE = 3.0  # seconds to wait for the other ranks' reports when one fails, and for all to leave at the end
 P = ParamSpec("P")
@@ -186,27 +185,6 @@ class Ranks:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
         self.kill()
-
-
-def join_check(rank: Rank) -> None:
-    """Raise InputError where ranks differ in what must be equal."""
-    import transformers
-
-    from llmlab.base.version import __version__
-
-    own = {"llmlab": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    everyone = gather(rank.size, own | {"device": rank.device.type})
-    for index, other in enumerate(everyone):
-        for what, value in other.items():
-            if value != everyone[0][what]:
-                raise InputError(f"rank {index} has {what} {value}, rank 0 has {everyone[0][what]}: make them equal.")
-
-
-def gather(size: int, own: T) -> list[T]:
-    """What every rank brings, by rank."""
-    everyone: list[T | None] = [None] * size
-    dist.all_gather_object(everyone, own)
-    return cast(list[T], everyone)
 
 
 def check_world(size: int, device: str | None) -> str:

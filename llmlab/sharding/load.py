@@ -136,6 +136,11 @@ def small_model(name: str, layers: int | None = None) -> LM:
 def _folder_and_config(source: Source, layers: int | None) -> tuple[Path | None, PreTrainedConfig]:
     folder = None if source.kind == "random" else local_folder(source)
     config = read_config(source if folder is None else Source(source.name, "folder", str(folder)))
+    if folder is None and getattr(config, "quantization_config", None):
+        raise InputError(
+            f"{source.name}: its config.json says that it is quantized, but ranks make plain random weights: take "
+            "quantization_config out of a copy of it."
+        )
     if layers is not None:
         check_layers(source, layers)
         config.num_hidden_layers = layers
@@ -162,6 +167,7 @@ class RandomTensors(Tensors):
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.largest = device, 0
+        self.folder = Path("random weights")  # what a sentence about one of them begins with
 
     def place(self, model: PreTrainedModel) -> None:
         """Nothing is stored."""

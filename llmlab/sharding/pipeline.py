@@ -208,6 +208,7 @@ def stream(
             if stage.last:
                 finish(number, output)
         if stage.last:
+            del output  # logits are large: the next pass needs their memory
             if naive and number + 1 < len(batches):
                 peers.send(_empty(model, 1), 0)()  # the word that a batch has left
             continue
@@ -229,6 +230,7 @@ def _receive(model: PreTrainedModel, stage: Stage, batches: list[Batch]) -> tupl
 
 def _compute(model: PreTrainedModel, stage: Stage, batch: Batch) -> torch.Tensor:
     """This stage's share: hidden states [batch, tokens, hidden]; on the last stage logits [batch, kept, vocabulary]."""
+    stage.output = None  # the pass before this one's
     stage.output = type(model).forward(model, **batch)
     output: torch.Tensor = stage.output.logits
     if not stage.last:

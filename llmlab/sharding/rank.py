@@ -12,7 +12,9 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib import metadata
 from multiprocessing.connection import Connection
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +22,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 
 from llmlab.base.clock import synchronize
 from llmlab.base.errors import InputError
+from llmlab.base.version import __version__
 
+T = TypeVar("T")
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
@@ -95,6 +99,24 @@ def join(index: int, size: int, device: str, port: int, timeout: float, connecti
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=patience)
     dist.init_process_group(BACKENDS[own.type], store=store, rank=index, world_size=size, timeout=patience)
     return Rank(index, size, own, connection=connection, timeout=timeout)
+
+
+def join_check(rank: Rank) -> None:
+    """Raise InputError where ranks differ in what must be equal."""
+    # Not by importing transformers, which takes a rank seconds that it may never need.
+    own = {"llmlab": __version__, "torch": torch.__version__, "transformers": metadata.version("transformers")}
+    everyone = gather(rank.size, own | {"device": rank.device.type})
+    for index, other in enumerate(everyone):
+        for what, value in other.items():
+            if value != everyone[0][what]:
+                raise InputError(f"rank {index} has {what} {value}, rank 0 has {everyone[0][what]}: make them equal.")
+
+
+def gather(size: int, own: T) -> list[T]:
+    """What every rank brings, by rank."""
+    everyone: list[T | None] = [None] * size
+    dist.all_gather_object(everyone, own)
+    return cast(list[T], everyone)
 
 
 def _leave_with_parent(parent: int) -> None:

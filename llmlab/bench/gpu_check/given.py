@@ -17,6 +17,7 @@ from llmlab.model.convert import with_dtype
 from llmlab.model.lm import LM
 from llmlab.model.load import load
 from llmlab.model.sources import BUILTIN
+from llmlab.scoring.score import ScoreResult, score
 
 PATIENCE = 60.0  # seconds that a collective may wait: a schedule that deadlocks is a finding, not a hang
 NATS = 5e-4  # two exact paths in fp32 may differ by so much in the log-probability of an ending
@@ -90,6 +91,11 @@ class Given:
         """Short built-in questions: five and more for each replica of a layout that has a pipeline."""
         shortest = sorted(everyday(), key=lambda q: len(q.context) + sum(map(len, q.endings)))
         return shortest[: max(6, 5 * self.devices // 2)]
+
+    @cached_property
+    def scored(self) -> ScoreResult:
+        """The questions scored by one device."""
+        return score(self.lm, self.questions)
 
     @cached_property
     def peaks(self) -> Peaks:

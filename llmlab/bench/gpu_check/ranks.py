@@ -1,6 +1,5 @@
 """Steps over several devices: links, layouts, failures. `python -m` this file, under torchrun, is one of them."""
 
-import gc
 import json
 import subprocess
 import sys
@@ -23,19 +22,16 @@ from llmlab.bench.challenge import synthetic_sequences
 from llmlab.bench.gpu_check.exact import NEW_TOKENS, TEXTS
 from llmlab.bench.gpu_check.failing import fail, meet
 from llmlab.bench.gpu_check.given import NATS, Finding, Given
+from llmlab.bench.gpu_check.held import held_bytes
 from llmlab.data import FULL_SET, Question
-from llmlab.decoding.engine import storage_bytes
 from llmlab.decoding.generate import generate
 from llmlab.decoding.lookup import PromptLookup
 from llmlab.jobs.over_ranks import SCHEDULES, ranks, timeline
-from llmlab.jobs.rank_parts import Job
 from llmlab.model.card import ModelCard
 from llmlab.model.load import model_card
 from llmlab.model.sources import BUILTIN
-from llmlab.scoring.score import score
 from llmlab.sharding.cuts import Cuts, all_cuts
 from llmlab.sharding.plan import plan
-from llmlab.sharding.rank import Rank
 
 COPIED = 2**28  # bytes
 ALL_END = 10.0  # seconds until no rank is left when one of them fails
@@ -64,7 +60,7 @@ def links(given: Given) -> Finding:
 
 def scores(given: Given) -> Finding:
     """Every layout under both schedules, several passes each: the numbers of one device."""
-    right = _flat(score(given.lm, given.questions).log_probs)
+    right = _flat(given.scored.log_probs)
     deltas, few = dict[str, float](), []
     for cuts in layouts(given, given.lm.card):
         for schedule in SCHEDULES if cuts.pipeline > 1 else SCHEDULES[:1]:
@@ -83,7 +79,7 @@ def completions(given: Given) -> Finding:
     prompts = [TEXTS[k % len(TEXTS)] for k in range(given.devices)]
     right = [completion.ids for completion in generate(given.lm, prompts, max_new_tokens=NEW_TOKENS).completions]
     wrong, tried = [], 0
-    for cuts in layouts(given, given.lm.card):
+    for cuts in reversed(layouts(given, given.lm.card)):  # the last one is loaded
         own = prompts[: cuts.data]  # one for each replica
         for draft in (None, PromptLookup()):
             options = {"max_new_tokens": NEW_TOKENS, "draft": draft}
@@ -95,21 +91,15 @@ def completions(given: Given) -> Finding:
 
 
 def switching(given: Given) -> Finding:
-    """Two layouts in turn, three times: what a rank holds does not grow."""
+    """Two layouts in turn, three times (on CPU twice): what a rank holds does not grow."""
     first, last, *_ = layouts(given, given.lm.card)
     held: list[list[int]] = [
-        given.group.run(held_bytes, given.group.job(BUILTIN, cuts, "fp32")) for cuts in [first, last] * 3
+        given.group.run(held_bytes, given.group.job(BUILTIN, cuts, "fp32"))
+        for cuts in [first, last] * (3 if given.on_gpu else 2)
     ]
-    growth = max(after / before for k in (0, 1) for before, after in zip(held[k], held[k + 4], strict=True))
+    growth = max(after / before for k in (0, 1) for before, after in zip(held[k], held[k - 2], strict=True))
     said = f"{first.name} and {last.name} in turn: a rank holds {growth:.3f} times what it held at first"
     return Finding(growth <= GROWTH, said)
-
-
-def held_bytes(rank: Rank, job: Job) -> int:
-    """Load a shard; bytes of all tensors that are alive on this rank's device then."""
-    job.load(rank)
-    alive = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
-    return storage_bytes(t for t in alive if t.device == rank.device)
 
 
 def full_depth(given: Given) -> Finding:
@@ -140,7 +130,7 @@ def failures(given: Given) -> Finding:
     """One rank raises, is killed, or runs out of memory while the others wait: all end soon, and give memory back."""
     index, said, right = min(2, given.devices - 1), [], True
     before = _free(given)
-    for how in ("raise", "kill", "memory"):
+    for how in ("raise", "kill", "memory") if given.on_gpu else ("kill", "memory"):  # on CPU memory raises, too
         group = given.group
         group.run(meet)
         begin, who = time.monotonic(), None
@@ -165,7 +155,7 @@ def _free(given: Given) -> list[int]:
 def torchrun(given: Given) -> Finding:
     """The same questions by processes that torchrun starts."""
     given.end_ranks()  # their memory
-    right = _flat(score(given.lm, given.questions).log_probs)
+    right = _flat(given.scored.log_probs)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "scores.json"
         processes = given.devices if given.on_gpu else 2
