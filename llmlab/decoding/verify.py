@@ -43,9 +43,7 @@ def verify(
         return _follow(proposal, lambda node: chosen[node + 1])
     if proposal.probs is None:
         return _follow(proposal, lambda node: _draw(_probs(logits[node + 1], sampling), sampling))
-    return _block(
-        proposal.tokens, proposal.probs, next_token_probs(logits, sampling.temperature, sampling.top_p), sampling
-    )
+    return _block(proposal.tokens, proposal.probs, sampling.probs(logits), sampling)
 
 
 def _block(tokens: list[int], q: torch.Tensor, p: torch.Tensor, sampling: Sampling) -> tuple[list[int], int]:
