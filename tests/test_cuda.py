@@ -13,8 +13,9 @@ from llmlab.base.errors import InputError
 from llmlab.cli.main import doctor
 from llmlab.cli.terminal import console
 from llmlab.kernels import cuda, fast
+from llmlab.kernels.choose import REFERENCE, choose_kernel
 from llmlab.kernels.cuda import BUILDS, Card, Nvidia, problem, serves, usable
-from llmlab.kernels.packed_linear import REFERENCE, QuantLinear, choose_kernel
+from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.measure import environment
 from llmlab.model.lm import check_device, check_dtype
 from llmlab.sharding.launch import check_world

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from llmlab.kernels import fewrows
+from llmlab.kernels import choose, fewrows
 from llmlab.kernels import packed_linear as module
+from llmlab.kernels.choose import INT4_CPU, INT8_CPU, REFERENCE
 from llmlab.kernels.native import Native
-from llmlab.kernels.packed_linear import INT4_CPU, INT8_CPU, REFERENCE, QuantLinear
+from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.kernels.packing import Quantized, pack, unpack
 from llmlab.quantization.grid import Scheme, rtn
 
@@ -24,7 +25,7 @@ def packed(bits=4, group_size=64, symmetric=False, rows=96, columns=128, shuffle
 @pytest.fixture
 def without_native(monkeypatch):
     """As on a machine without a C++ compiler."""
-    monkeypatch.setattr(module, "native", lambda: Native("AVX2", "there is no compiler"))
+    monkeypatch.setattr(choose, "native", lambda: Native("AVX2", "there is no compiler"))
     yield
     module.agrees.cache_clear()
     module.crossover.cache_clear()

@@ -14,9 +14,10 @@ import torch
 
 from llmlab.kernels import fewrows
 from llmlab.kernels import native as module
+from llmlab.kernels.choose import NATIVE
 from llmlab.kernels.native import compiler, level, native
 from llmlab.kernels.native_packed import NativeProduct, tiles, untiled
-from llmlab.kernels.packed_linear import NATIVE, QuantLinear
+from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.kernels.packing import Quantized
 
 HALF = [torch.float32, torch.bfloat16, torch.float16]

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import llmlab
 from llmlab import InputError, NumericalError
-from llmlab.kernels.packed_linear import INT4_CPU, NATIVE, QuantLinear, quant_linears
+from llmlab.kernels.choose import INT4_CPU, NATIVE
+from llmlab.kernels.packed_linear import QuantLinear, quant_linears
 from llmlab.model.convert import bits_per_weight, dequantized, with_dtype
 from llmlab.model.layerwise import stream
 from llmlab.quantization.calibration import calibration_rows

@@ -135,7 +135,7 @@ from functools import partial
 from test_kernels import packed as made
 from llmlab.kernels import triton_packed
 from llmlab.kernels.fewrows import _joined
-from llmlab.kernels.packed_linear import TRITON, packed
+from llmlab.kernels.choose import TRITON, packed
 from llmlab.kernels.packing import pack, unpack
 
 def relative(found, exact):

@@ -12,19 +12,13 @@ from typing import Protocol
 
 import torch
 
-from llmlab.kernels import native_packed
+from llmlab.kernels.choose import INT4_CPU, INT8_CPU, NATIVE, REFERENCE, TRITON, choose_kernel, native_takes, packed
 from llmlab.kernels.graphs import copies, rows_up_to
-from llmlab.kernels.native import native
 from llmlab.kernels.native_packed import NativeProduct
-from llmlab.kernels.packing import Packed, Quantized, pack, unpack
+from llmlab.kernels.packing import Quantized, pack, unpack
 from llmlab.kernels.plain import slow_on_cpu
-from llmlab.kernels.torch_packed import GROUP_SIZES, Multiply, int4_product, int8_product
+from llmlab.kernels.torch_packed import GROUP_SIZES, Multiply
 
-REFERENCE = "dequantize, then matmul"
-NATIVE = "C++ (CPU)"
-INT4_CPU = "torch int4 (CPU)"
-INT8_CPU = "torch int8 (CPU)"
-TRITON = "Triton (GPU)"
 ROUNDED_ROWS = 32  # rows whose activations are rounded to less than their dtype: decoding; scoring stays exact
 CROSSINGS = (4, 16, 64, 256)  # rows at which the two are compared
 DECODE_ROWS = 8  # up to here a step is bound by reading the weights
@@ -171,7 +165,7 @@ class QuantLinear(torch.nn.Module):
         """Choose the kernel for this device and pack for it."""
         if self.kernel == NATIVE:
             return
-        if self.qweight.device.type == "cuda" or _native_takes(self):
+        if self.qweight.device.type == "cuda" or native_takes(self):
             self.sort_groups()
         self.kernel, self.fast = choose_kernel(self)
         if self.kernel == NATIVE:  # which holds the codes itself
@@ -210,38 +204,6 @@ class QuantLinear(torch.nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.in_features} -> {self.out_features}, {self.bits} bits, {self.groups} groups, {self.kernel}"
-
-
-def choose_kernel(linear: QuantLinear) -> tuple[str, Multiply | None]:
-    """The packed kernel that can multiply by this matrix: (name, function of rows), or REFERENCE and None.
-
-    On CPU activations of any dtype go in; see `kernels.torch_packed` for what is rounded.
-    """
-    cpu = linear.qweight.device.type == "cpu"
-    size = linear.in_features // linear.groups
-    if linear.sequential and _native_takes(linear):
-        return NATIVE, NativeProduct.pack(linear.codes.T, linear.scales.T, linear.zeros, linear.bits)
-    if cpu and linear.bits <= 4 and size in GROUP_SIZES:
-        return INT4_CPU, int4_product(linear.unpacked(), linear.bits)
-    if cpu and linear.bits == 8 and linear.groups == 1 and bool((linear.zeros == 128).all()):
-        return INT8_CPU, int8_product(linear.unpacked())
-    if linear.qweight.device.type == "cuda" and linear.sequential and size % 32 == 0:
-        from llmlab.kernels import triton_packed
-
-        return TRITON, functools.partial(triton_packed.multiply, packed(linear))
-    return REFERENCE, None
-
-
-def _native_takes(linear: QuantLinear) -> bool:
-    """Whether the C++ kernel is here and serves groups of this size."""
-    size = linear.in_features // linear.groups
-    on_cpu = linear.qweight.device.type == "cpu"
-    return on_cpu and native_packed.takes(linear.in_features, size) and not native().problem
-
-
-def packed(linear: QuantLinear) -> Packed:
-    """Its tensors, for the kernels of `triton_packed`; whoever holds them does not hold the module."""
-    return Packed(linear.qweight, linear.qzeros, linear.scales, linear.bits)
 
 
 @functools.cache

@@ -18,7 +18,7 @@
 #endif
 
 namespace {
-constexpr int TILE = 16, BLOCK = 32;
+constexpr int TILE = 16, BLOCK = 32, AHEAD = 6144;
 
 // Lanes: one number for each of WIDTH outputs. Sums: of products of nibbles (0 .. 15) and x8 (-127 .. 127).
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -126,6 +126,8 @@ void tile_rows(const uint8_t* codes, const at::Half* s, const uint8_t* z, int64_
       for (int64_t b = g * together; b < (g + 1) * together; b++) {
         Sums lows[R], highs[R];
         for (int t = 0; t < R; t++) lows[t] = highs[t] = no_sums();
+        // Processors do not read ahead beyond a page of 4 KiB, and each tile is about one.
+        for (int line = 0; line < VECTORS; line++) __builtin_prefetch(codes + (b * VECTORS + line) * 64 + AHEAD);
         for (int v = 0; v < VECTORS; v++) {
           const Bytes packed = load(codes + ((b * VECTORS + v) * TILE + part) * 4);
           const Bytes low_nibbles = low(packed), high_nibbles = high(packed);

@@ -17,8 +17,6 @@
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, TYPE, NAME, __VA_ARGS__)
 
 namespace {
-constexpr int LANES = 16;
-
 // e^x = 2^n e^r, |r| <= ln 2 / 2; Taylor's series to r^6 is off by 3e-8 there.
 inline float exponential(float x) {
   x = std::min(std::max(x, -87.f), 88.f);
@@ -29,12 +27,9 @@ inline float exponential(float x) {
 }
 
 template <typename A, typename B> float dot(const A* a, const B* b, int64_t n) {
-  float lanes[LANES] = {}, sum = 0;
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES)
-    for (int j = 0; j < LANES; j++) lanes[j] += (float)a[i + j] * (float)b[i + j];
-  for (; i < n; i++) sum += (float)a[i] * (float)b[i];
-  for (int j = 0; j < LANES; j++) sum += lanes[j];
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; i++) sum += (float)a[i] * (float)b[i];
   return sum;
 }
 
@@ -48,6 +43,7 @@ at::Tensor rms_norm(const at::Tensor& given, const at::Tensor& weight, double ep
     scalar_t* out = y.data_ptr<scalar_t>();
     for (int64_t row = 0; row < rows; row++, in += n, out += n) {
       const float inverse = 1 / std::sqrt(dot(in, in, n) / n + (float)eps);
+      _Pragma("omp simd")
       for (int64_t i = 0; i < n; i++) out[i] = (scalar_t)((float)(scalar_t)((float)in[i] * inverse) * (float)scale[i]);
     }
   });
@@ -65,6 +61,7 @@ at::Tensor gated(const at::Tensor& given, const at::Tensor& other) {
       const scalar_t* gate = a.const_data_ptr<scalar_t>() + row * a.stride(0);
       const scalar_t* up = b.const_data_ptr<scalar_t>() + row * b.stride(0);
       scalar_t* out = y.data_ptr<scalar_t>() + row * n;
+      _Pragma("omp simd")
       for (int64_t i = 0; i < n; i++) {
         const float value = (float)gate[i];
         out[i] = (scalar_t)((float)(scalar_t)(value / (1 + exponential(-value))) * (float)up[i]);
@@ -89,7 +86,9 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cosine, const at::Tenso
           const scalar_t* in = x.const_data_ptr<scalar_t>() + b * x.stride(0) + head * x.stride(1) + t * x.stride(2);
           const scalar_t* c = cos.const_data_ptr<scalar_t>() + b * cos.stride(0) + t * cos.stride(2);
           const scalar_t* s = sin.const_data_ptr<scalar_t>() + b * cos.stride(0) + t * cos.stride(2);
+          _Pragma("omp simd")
           for (int64_t i = 0; i < rest; i++) out[i] = (scalar_t)((float)in[i] * (float)c[i] - (float)in[half + i] * (float)s[i]);
+          _Pragma("omp simd")
           for (int64_t i = rest; i < d; i++) out[i] = (scalar_t)((float)in[i] * (float)c[i] + (float)in[i - rest] * (float)s[i]);
         }
   });
@@ -110,9 +109,10 @@ at::Tensor attend_token(const at::Tensor& query, const at::Tensor& key, const at
   const at::Tensor q = query.to(at::kFloat).contiguous();
   at::Tensor y = at::empty({1, 1, heads, dv}, q.options());
   LLMLAB_DISPATCH(keys.scalar_type(), "attend_token", [&] {
-    const int64_t grain = std::max<int64_t>(1, 32768 / (seen * d));  // below it, threads cost more than they bring
+    const int64_t grain = std::max<int64_t>(1, (1 << 18) / (seen * d));  // below it, threads cost more than they bring
     at::parallel_for(0, heads, grain, [&](int64_t begin, int64_t end) {
-      std::vector<float> weights(seen);
+      std::vector<float> scores(seen);
+      float* weights = scores.data();
       for (int64_t head = begin; head < end; head++) {
         const scalar_t* k = keys.const_data_ptr<scalar_t>() + head / groups * keys.stride(1);
         const scalar_t* v = values.const_data_ptr<scalar_t>() + head / groups * values.stride(1);
@@ -123,11 +123,12 @@ at::Tensor attend_token(const at::Tensor& query, const at::Tensor& key, const at
           weights[t] = dot(row, k + t * keys.stride(2), d) * (float)scale;
           largest = std::max(largest, weights[t]);
         }
-        for (int64_t t = 0; t < seen; t++) weights[t] = exponential(weights[t] - largest);
-        for (int64_t t = 0; t < seen; t++) sum += weights[t];
+        _Pragma("omp simd reduction(+ : sum)")
+        for (int64_t t = 0; t < seen; t++) sum += weights[t] = exponential(weights[t] - largest);
         std::fill_n(out, dv, 0.f);
         for (int64_t t = 0; t < seen; t++) {
           const float weight = weights[t] / sum;
+          _Pragma("omp simd")
           for (int64_t i = 0; i < dv; i++) out[i] += weight * (float)v[t * values.stride(2) + i];
         }
       }

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from llmlab.kernels.choose import NATIVE
 from llmlab.kernels.fast import packed_dtype
-from llmlab.kernels.packed_linear import NATIVE, QuantLinear, prepare, quant_linears
+from llmlab.kernels.packed_linear import QuantLinear, prepare, quant_linears
 from llmlab.model.lm import DTYPES, LM, check_dtype
 
 
