@@ -32,6 +32,7 @@ class Cache:
 
     def __init__(self, rows: int, capacity: int, window: int | None = None) -> None:
         self.rows, self.capacity, self.window = rows, capacity, window
+        self.native = not native().problem
         self.buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.clear(rows)
 
@@ -129,7 +130,7 @@ def cached_attention(
         mask = mask[:, :, : query.shape[2]].repeat(1, 1, rows // query.shape[2], 1)
     cap, sinks = asked.get("softcap") or 0.0, asked.get("s_aux")
     token_alone = inputs.start is not None and mask is None and query.shape[2] == 1
-    if token_alone and cap == 0 and sinks is None and query.device.type == "cpu" and not native().problem:
+    if token_alone and cap == 0 and sinks is None and query.device.type == "cpu" and static_cache.native:
         return torch.ops.llmlab.attend_token(query, key, value, *buffers, inputs.start, scale), None
     return attend(query, key, value, buffers, inputs.start, inputs.slots, mask, scale, cap, sinks), None
 
