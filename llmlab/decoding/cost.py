@@ -78,8 +78,11 @@ def best_size(
         rows = zip(reach, weights, strict=True)
         return sum(weight * (1 + sum(of_row[:size])) for of_row, weight in rows) / seconds(1 + size)
 
-    best = max(range(max(map(len, reach), default=0) + 1), key=speed)
-    gain = speed(best) / speed(0) if best else 1.0
+    most = max(map(len, reach), default=0)
+    if most == 0:  # plain decoding, of which nobody asks what a pass costs
+        return 0, 1.0
+    best = max(range(most + 1), key=speed)
+    gain = speed(best) / speed(0)
     return (best, gain) if gain > MARGIN else (0, 1.0)
 
 
