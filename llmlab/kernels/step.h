@@ -101,6 +101,7 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cosine, const at::Tenso
 at::Tensor attend_token(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor keys,
                         at::Tensor values, const at::Tensor& start, double scale) {
   const int64_t heads = query.size(1), groups = heads / key.size(1), d = query.size(3), dv = value.size(3);
+  const int64_t key_stride = keys.stride(2), value_stride = values.stride(2);
   const int64_t position = *start.const_data_ptr<int64_t>(), seen = position + 1;
   TORCH_CHECK(query.size(0) == 1 && query.size(2) == 1 && seen <= keys.size(2) && position >= 0);
   TORCH_CHECK(keys.stride(3) == 1 && values.stride(3) == 1 && keys.dtype() == values.dtype());
@@ -120,7 +121,7 @@ at::Tensor attend_token(const at::Tensor& query, const at::Tensor& key, const at
         float* out = y.data_ptr<float>() + head * dv;
         float largest = -INFINITY, sum = 0;
         for (int64_t t = 0; t < seen; t++) {
-          weights[t] = dot(row, k + t * keys.stride(2), d) * (float)scale;
+          weights[t] = dot(row, k + t * key_stride, d) * (float)scale;
           largest = std::max(largest, weights[t]);
         }
         _Pragma("omp simd reduction(+ : sum)")
@@ -129,7 +130,7 @@ at::Tensor attend_token(const at::Tensor& query, const at::Tensor& key, const at
         for (int64_t t = 0; t < seen; t++) {
           const float weight = weights[t] / sum;
           _Pragma("omp simd")
-          for (int64_t i = 0; i < dv; i++) out[i] += weight * (float)v[t * values.stride(2) + i];
+          for (int64_t i = 0; i < dv; i++) out[i] += weight * (float)v[t * value_stride + i];
         }
       }
     });
