@@ -80,12 +80,11 @@ def test_rows_that_end_leave_the_others_as_they_are(tiny):
         assert torch.allclose(found[place, 0], plain(tiny, [*PAST[row], 9])[-1], atol=1e-4)
 
 
-def test_a_replay_gives_the_eager_passes_numbers(smollm2):
+def test_a_replay_gives_the_same_numbers_to_the_bit(smollm2):
     engine, _ = started(smollm2, [[5, 17, 99, 4]])
     runs = [engine.forward([[11, 12]]) for _ in range(RECORD + 3)]
     assert engine.recorder.replays and engine.recorder.seconds > 0
-    assert all(torch.equal(run, runs[-1]) for run in runs[RECORD:])
-    assert torch.allclose(runs[-1], runs[0], atol=1e-4, rtol=1e-5)  # norms and rotations are fused
+    assert all(torch.equal(run, runs[0]) for run in runs)
 
 
 def test_a_recording_ends_with_its_engine(tiny):

@@ -105,7 +105,7 @@ def test_joined_matrices_hold_their_codes_once():
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", HALF)
-def test_what_stands_between_the_matrices_equals_torchs(dtype):
+def test_norms_equal_torchs(dtype):
     assert native().problem == ""
     torch.manual_seed(0)
     ops, tolerance = torch.ops.llmlab, {"rtol": ROUNDING[dtype], "atol": ROUNDING[dtype]}
@@ -113,12 +113,6 @@ def test_what_stands_between_the_matrices_equals_torchs(dtype):
     torch.testing.assert_close(
         ops.rms_norm(x, weight, 1e-5), torch.nn.functional.rms_norm(x, (72,), weight, 1e-5), **tolerance
     )
-    gate, up = torch.randn(2, 3, 100).mul_(8).to(dtype).split(50, dim=-1)
-    torch.testing.assert_close(ops.gated(gate, up), torch.nn.functional.silu(gate) * up, **tolerance)
-    query = torch.randn(2, 5, 4, 24).to(dtype).transpose(1, 2)
-    cos, sin = torch.randn(2, 1, 5, 24).to(dtype), torch.randn(2, 1, 5, 24).to(dtype)
-    turned = torch.cat([-query[..., 12:], query[..., :12]], dim=-1)
-    torch.testing.assert_close(ops.rotate(query, cos, sin, 12), query * cos + turned * sin, **tolerance)
 
 
 @needs_compiler

@@ -168,7 +168,5 @@ def _attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest
 SHAPES: dict[str, Callable[..., torch.Tensor]] = {
     "packed_rows": _product,
     "rms_norm": _like,
-    "gated": _like,
-    "rotate": _like,
     "attend_token": _attended,
 }

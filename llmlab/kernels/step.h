@@ -50,51 +50,6 @@ at::Tensor rms_norm(const at::Tensor& given, const at::Tensor& weight, double ep
   return y;
 }
 
-// silu(a) b = a / (1 + e^-a) b. a and b [..., n], rows of n numbers side by side, such as the halves of one product.
-at::Tensor gated(const at::Tensor& given, const at::Tensor& other) {
-  const int64_t n = given.size(-1);
-  const at::Tensor a = given.reshape({-1, n}), b = other.reshape({-1, n});
-  at::Tensor y = at::empty(given.sizes(), given.options());
-  TORCH_CHECK(a.stride(1) == 1 && b.stride(1) == 1 && a.sizes() == b.sizes() && a.dtype() == b.dtype());
-  LLMLAB_DISPATCH(a.scalar_type(), "gated", [&] {
-    for (int64_t row = 0; row < a.size(0); row++) {
-      const scalar_t* gate = a.const_data_ptr<scalar_t>() + row * a.stride(0);
-      const scalar_t* up = b.const_data_ptr<scalar_t>() + row * b.stride(0);
-      scalar_t* out = y.data_ptr<scalar_t>() + row * n;
-      _Pragma("omp simd")
-      for (int64_t i = 0; i < n; i++) {
-        const float value = (float)gate[i];
-        out[i] = (scalar_t)((float)(scalar_t)(value / (1 + exponential(-value))) * (float)up[i]);
-      }
-    }
-  });
-  return y;
-}
-
-// Rotary positions: y = x cos + [-x2, x1] sin, x1 the first `half` numbers of x. x [b, heads, width, d]; cos, sin
-// [b or 1, 1, width, d].
-at::Tensor rotate(const at::Tensor& x, const at::Tensor& cosine, const at::Tensor& sine, int64_t half) {
-  const at::Tensor cos = cosine.expand({x.size(0), 1, x.size(2), x.size(3)}), sin = sine.expand_as(cos);
-  TORCH_CHECK(x.stride(3) == 1 && cos.stride(3) == 1 && sin.strides() == cos.strides() && x.dtype() == cos.dtype());
-  at::Tensor y = at::empty(x.sizes(), x.options());
-  const int64_t d = x.size(3), rest = d - half;
-  LLMLAB_DISPATCH(x.scalar_type(), "rotate", [&] {
-    scalar_t* out = y.data_ptr<scalar_t>();
-    for (int64_t b = 0; b < x.size(0); b++)
-      for (int64_t head = 0; head < x.size(1); head++)
-        for (int64_t t = 0; t < x.size(2); t++, out += d) {
-          const scalar_t* in = x.const_data_ptr<scalar_t>() + b * x.stride(0) + head * x.stride(1) + t * x.stride(2);
-          const scalar_t* c = cos.const_data_ptr<scalar_t>() + b * cos.stride(0) + t * cos.stride(2);
-          const scalar_t* s = sin.const_data_ptr<scalar_t>() + b * cos.stride(0) + t * cos.stride(2);
-          _Pragma("omp simd")
-          for (int64_t i = 0; i < rest; i++) out[i] = (scalar_t)((float)in[i] * (float)c[i] - (float)in[half + i] * (float)s[i]);
-          _Pragma("omp simd")
-          for (int64_t i = rest; i < d; i++) out[i] = (scalar_t)((float)in[i] * (float)c[i] + (float)in[i - rest] * (float)s[i]);
-        }
-  });
-  return y;
-}
-
 // One token of one row: write its key and value into the cache at `start`, then attend to all that the cache holds.
 // query [1, heads, 1, d], key and value [1, kv_heads, 1, d], keys and values [1, kv_heads, capacity, d], start []:
 // [1, 1, heads, d] in the dtype of query.
