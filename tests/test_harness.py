@@ -147,6 +147,13 @@ def test_a_context_that_is_too_long_loses_its_beginning_as_in_the_harness(tiny, 
     assert ours.engine.times.measured
 
 
+def evaluated(models, folder, task):
+    """What the harness makes of a task in a folder, with each model."""
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    for model in models:
+        yield simple_evaluate(model=model, tasks=[task], task_manager=manager, bootstrap_iters=0, verbosity="ERROR")
+
+
 def test_a_task_of_word_problems_has_the_harness_score(both, tmp_path):
     data = [{"prompt": asked(a, b)[0], "answer": word_problem(a, b)[1]} for a, b in ((5, 6), (12, 30), (7, 20))]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
@@ -170,13 +177,8 @@ filter_list:
       - {{function: take_first}}
 """
     )
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     results = []
-    for model in both:
-        made = simple_evaluate(
-            model=model, tasks=["problems"], task_manager=manager, bootstrap_iters=0, verbosity="ERROR",
-            log_samples=True,
-        )  # fmt: skip
+    for made in evaluated(both, tmp_path, "problems"):
         score = made["results"]["problems"]["exact_match,strict-match"]
         results.append((score, [sample["resps"] for sample in made["samples"]["problems"]]))
     assert results[0] == results[1]
@@ -201,11 +203,8 @@ metric_list:
   - metric: acc_norm
 """
     )
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    results = []
-    for model in both:
-        made = simple_evaluate(
-            model=model, tasks=["llmlab_rows"], task_manager=manager, bootstrap_iters=0, verbosity="ERROR"
-        )
-        results.append({k: v for k, v in made["results"]["llmlab_rows"].items() if k.startswith("acc")})
+    results = [
+        {k: v for k, v in made["results"]["llmlab_rows"].items() if k.startswith("acc")}
+        for made in evaluated(both, tmp_path, "llmlab_rows")
+    ]
     assert results[0] == results[1]

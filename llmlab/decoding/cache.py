@@ -27,12 +27,13 @@ class Cache:
 
     In fp32 where the processor is slow at half precision: attention then works in fp32, too (see `attend`).
     `batch` rows are in use, the first ones; `lengths`: tokens held by each. `window`: how many tokens, itself included,
-    a token sees in layers with a sliding window; None without such layers.
+    a token sees in layers with a sliding window; None without such layers. `native`: whether the C++ kernels attend to
+    these buffers (a GPU's never ask for them to be compiled).
     """
 
     def __init__(self, rows: int, capacity: int, window: int | None = None) -> None:
         self.rows, self.capacity, self.window = rows, capacity, window
-        self.native = not native().problem
+        self.native = False
         self.buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.clear(rows)
 
@@ -43,6 +44,7 @@ class Cache:
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer in the rows in use; `key`, `value`: what comes in, [batch, kv_heads, width, d]."""
         if index not in self.buffers:
+            self.native = key.device.type == "cpu" and not native().problem
             self.buffers[index] = (self._buffer(key), self._buffer(value))
         keys, values = self.buffers[index]
         return keys[: self.batch], values[: self.batch]
@@ -130,7 +132,7 @@ def cached_attention(
         mask = mask[:, :, : query.shape[2]].repeat(1, 1, rows // query.shape[2], 1)
     cap, sinks = asked.get("softcap") or 0.0, asked.get("s_aux")
     token_alone = inputs.start is not None and mask is None and query.shape[2] == 1
-    if token_alone and cap == 0 and sinks is None and query.device.type == "cpu" and static_cache.native:
+    if token_alone and cap == 0 and sinks is None and static_cache.native:
         return torch.ops.llmlab.attend_token(query, key, value, *buffers, inputs.start, scale), None
     return attend(query, key, value, buffers, inputs.start, inputs.slots, mask, scale, cap, sinks), None
 

@@ -21,7 +21,7 @@ import torch
 
 from llmlab.base.clock import rounds
 from llmlab.base.paths import cache_folder, remember
-from llmlab.kernels.native import compiler, level, native
+from llmlab.kernels.native import absent, level, native
 from llmlab.kernels.native_packed import NativeProduct
 from llmlab.kernels.plain import HALF, LIBRARIES, libraries, onednn_linear, onednn_takes, random_linear
 from llmlab.kernels.torch_packed import Int4Product, Int8Product, Multiply
@@ -198,7 +198,7 @@ def _description() -> dict[str, str]:
         "torch": torch.__version__,
         "bf16, fp16 in oneDNN": str([onednn_takes(dtype) for dtype in HALF]),
         "table": f"{WIDTH} {COPIES} {MANY}",
-        "C++ kernels": level() if compiler() else "",
+        "C++ kernels": absent() or level(),
     } | {name: os.environ.get(name, "") for name in limits}
 
 

@@ -56,14 +56,9 @@ def native() -> Native:
     The first time takes about ten seconds. Without a compiler it tells so; a compiler that fails is worth a warning.
     LLMLAB_NATIVE=0 in the environment leaves the kernels out.
     """
-    at = level()
-    if os.environ.get("LLMLAB_NATIVE") == "0":
-        return Native(at, "LLMLAB_NATIVE is 0")
-    command = compiler()
-    if platform.system() != "Linux":  # OpenMP's pool of threads must be torch's, which is a matter of each system
-        return Native(at, "they are made for Linux")
-    if command is None:
-        return Native(at, "there is no C++ compiler (c++, or the one that CXX names)")
+    at, command = level(), compiler()
+    if (problem := absent()) or command is None:
+        return Native(at, problem)
     folder = cache_folder() / "native"
     file = folder / f"kernels-{_key(command, at)}.so"
     try:
@@ -80,6 +75,15 @@ def native() -> Native:
         warnings.warn(f"the C++ kernels could not be compiled, so packed weights use torch's: {reason}", stacklevel=2)
         return Native(at, f"the compiler failed: {reason}")
     return Native(at)
+
+
+def absent() -> str:
+    """Why nothing is compiled here, a clause; "" if it is tried."""
+    if os.environ.get("LLMLAB_NATIVE") == "0":
+        return "LLMLAB_NATIVE is 0"
+    if platform.system() != "Linux":  # OpenMP's pool of threads must be torch's, which is a matter of each system
+        return "they are made for Linux"
+    return "" if compiler() else "there is no C++ compiler (c++, or the one that CXX names)"
 
 
 def level() -> str:
