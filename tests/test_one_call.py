@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import llmlab
 from llmlab.bench.challenge import synthetic_sequences
-from llmlab.kernels.fewrows import FewOpsRMSNorm
+from llmlab.kernels.fewops import FewOpsRMSNorm
 from llmlab.model import selfcheck
 from llmlab.model.lm import LM
 from llmlab.scoring import attention, shared

@@ -18,7 +18,8 @@ from llmlab.base.errors import InputError
 from llmlab.decoding.cache import NAME, Cache, PassInputs
 from llmlab.decoding.timing import PassTimes
 from llmlab.decoding.visible import visible
-from llmlab.kernels import fewrows
+from llmlab.kernels.fewops import shared_copy
+from llmlab.kernels.fewrows import prepare
 from llmlab.kernels.replay import Recorder
 from llmlab.model.lm import LM
 from llmlab.model.selfcheck import check, plain_logits, probe, small_windows
@@ -73,7 +74,7 @@ class Engine:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The model with this attention and matrices joined; its weights are shared."""
-        model: PreTrainedModel = fewrows.shared_copy(self.lm.model)
+        model: PreTrainedModel = shared_copy(self.lm.model)
         configs: dict[int, PreTrainedConfig] = {}
         for module in model.modules():
             if hasattr(module, "config"):
@@ -81,7 +82,7 @@ class Engine:
                 config._attn_implementation_internal = NAME  # the property would change the original's parts
                 module.__dict__["config"] = config
         with torch.inference_mode(False):  # its tensors outlive the check
-            fewrows.prepare(model, self.lm.model.dtype, pack=not self.compile)
+            prepare(model, self.lm.model.dtype, pack=not self.compile)
         return model
 
     @cached_property

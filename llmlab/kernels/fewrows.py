@@ -10,22 +10,20 @@ weights once, and the rest is overhead. So, in a copy of the module tree that sh
   take 0.7 of the time, but one takes 1.2 of it: so up to how many rows torch's layout serves is measured;
 * half precision that oneDNN does not take on this processor is widened to fp32 on the way, from as many rows on as that
   pays (measured, too);
-* an RMSNorm becomes few operations, where that gives the same numbers.
+* what stands between the matrices becomes few operations (see `fewops`).
 
 Lossless up to rounding: a sum may run in another order.
 """
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
 from typing import Optional
 
 import torch
 
 from llmlab.base.clock import faster
-from llmlab.kernels.native import native
+from llmlab.kernels.fewops import few_ops
 from llmlab.kernels.native_packed import NativeProduct
 from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.kernels.plain import onednn_takes, slow_on_cpu, widened_linear
@@ -35,17 +33,6 @@ from llmlab.kernels.stacking import stacked
 TOGETHER = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
 FEW = (1, 2, 3, 5)  # rows at which the two layouts are compared
 ENOUGH = 2**30  # bytes of weights to compare them on: more than a cache holds
-
-
-def shared_copy(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a module tree: modules of its own, the tensors and hooks of the original."""
-    new = copy.copy(module)
-    new.__dict__ = dict(module.__dict__)
-    new._parameters, new._buffers = dict(module._parameters), dict(module._buffers)
-    new._modules = {name: None if child is None else shared_copy(child) for name, child in module._modules.items()}
-    if isinstance(forward := new.__dict__.get("forward"), MethodType):  # a pipeline stage's, bound to the original
-        new.__dict__["forward"] = MethodType(forward.__func__, new)
-    return new
 
 
 def prepare(model: torch.nn.Module, dtype: torch.dtype, *, pack: bool = True) -> None:
@@ -62,8 +49,7 @@ def prepare(model: torch.nn.Module, dtype: torch.dtype, *, pack: bool = True) ->
                 setattr(parent, name, PackedLinear(child))
             elif pack and type(child) is torch.nn.Linear and _widens(child):
                 setattr(parent, name, WidenedRows(child))
-            elif child is not None and type(child).__name__.endswith("RMSNorm"):
-                setattr(parent, name, rms_norm(child))
+    few_ops(model, dtype, compiled=not pack)
     laid_out = [module for module in model.modules() if isinstance(module, TwoWays)]
     if laid_out:
         rows = _rows_of_torch(laid_out)
@@ -247,49 +233,3 @@ def _joined(parts: list[QuantLinear]) -> QuantLinear | None:
         setattr(joined, name, stacked([getattr(m, name) for m in parts], dim=1))
     joined.bias = None if first.bias is None else torch.cat([m.bias for m in parts if m.bias is not None])
     return joined
-
-
-class FewOpsRMSNorm(torch.nn.Module):
-    """RMSNorm, x / sqrt(|x|^2 / n + eps) * w, in one operation; of torch's, on CPU, in four."""
-
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = weight, eps
-        self.epsilon = torch.tensor([eps])  # for the CPU alone
-        self.native = weight.device.type == "cpu" and not native().problem
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., hidden] to the same."""
-        if x.device.type != "cpu":
-            return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        if self.native:
-            normed: torch.Tensor = torch.ops.llmlab.rms_norm(x, self.weight, self.eps)
-            return normed
-        wide = x.float()
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = torch.addcmul(self.epsilon, norm, norm, value=1 / len(self.weight)).rsqrt()
-        return (wide * scale).to(x.dtype) * self.weight
-
-
-_plain: dict[tuple[object, ...], bool] = {}  # of each kind of norm, whether it computes what FewOpsRMSNorm does
-
-
-def rms_norm(norm: torch.nn.Module) -> torch.nn.Module:
-    """The RMSNorm of few operations if it computes what `norm` does (Gemma's, for one, adds 1 to the weights).
-
-    Tried once for each kind of norm, on a copy on the CPU: to ask a GPU for every norm would wait for it every time.
-    """
-    eps = getattr(norm, "variance_epsilon", None)
-    weight = getattr(norm, "weight", None)
-    if eps is None or weight is None or weight.dim() != 1:
-        return norm
-    settings = tuple((k, v) for k, v in vars(norm).items() if isinstance(v, bool | int | float | str))
-    hooks = len(norm._forward_hooks) + len(norm._forward_pre_hooks)
-    kind = (type(norm), weight.dtype, len(weight), settings, hooks)
-    if kind not in _plain:
-        x, random = torch.randn(2, 4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-        other, tried = FewOpsRMSNorm(random[0], eps), shared_copy(norm)
-        tried._parameters["weight"] = torch.nn.Parameter(random[0], requires_grad=False)
-        tolerance = 1e-5 if weight.dtype == torch.float32 else 2e-2
-        _plain[kind] = torch.allclose(other(x), tried(x), rtol=tolerance, atol=tolerance)
-    return FewOpsRMSNorm(weight, eps) if _plain[kind] else norm

@@ -164,13 +164,19 @@ def _like(x: torch.Tensor, *rest: torch.Tensor | float) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
+def _rotated(query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
 def _attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: torch.Tensor | float) -> torch.Tensor:
     return query.new_empty(1, 1, query.shape[1], value.shape[3])
 
 
 # What each operator returns, for fake tensors.
-SHAPES: dict[str, Callable[..., torch.Tensor]] = {
+SHAPES: dict[str, Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]] = {
     "packed_rows": _product,
     "rms_norm": _like,
+    "gated": _like,
+    "rotate": _rotated,
     "attend_token": _attended,
 }

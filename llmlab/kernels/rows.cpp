@@ -200,10 +200,14 @@ at::Tensor packed_rows(const at::Tensor& given, const at::Tensor& codes, const a
 TORCH_LIBRARY(llmlab, library) {
   library.def("packed_rows(Tensor x, Tensor codes, Tensor scales, Tensor zeros, int outputs) -> Tensor");
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  library.def("gated(Tensor a, Tensor b) -> Tensor");
+  library.def("rotate(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)");
   library.def("attend_token(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor start, float scale) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(llmlab, CPU, library) {
   library.impl("packed_rows", &packed_rows);
   library.impl("rms_norm", &rms_norm);
+  library.impl("gated", &gated);
+  library.impl("rotate", &rotate);
   library.impl("attend_token", &attend_token);
 }

@@ -11,12 +11,15 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #define LLMLAB_DISPATCH(TYPE, NAME, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, TYPE, NAME, __VA_ARGS__)
 
 namespace {
+constexpr int64_t GRAIN = 1 << 16;  // numbers of a thread's part: below it, threads cost more than they bring
+
 // e^x = 2^n e^r, |r| <= ln 2 / 2; Taylor's series to r^6 is off by 3e-8 there.
 inline float exponential(float x) {
   x = std::min(std::max(x, -87.f), 88.f);
@@ -50,6 +53,61 @@ at::Tensor rms_norm(const at::Tensor& given, const at::Tensor& weight, double ep
   return y;
 }
 
+// silu(a) b = a / (1 + e^-a) b, rounded to the dtype of a before the product as models do. a and b [..., n] may be parts
+// of the rows of one product.
+at::Tensor gated(const at::Tensor& given, const at::Tensor& other) {
+  const int64_t n = given.size(-1);
+  const at::Tensor a = given.reshape({-1, n}), b = other.reshape({-1, n});
+  TORCH_CHECK(a.stride(1) == 1 && b.stride(1) == 1 && a.sizes() == b.sizes() && a.dtype() == b.dtype());
+  at::Tensor y = at::empty(given.sizes(), given.options());
+  LLMLAB_DISPATCH(a.scalar_type(), "gated", [&] {
+    at::parallel_for(0, a.size(0), std::max<int64_t>(1, GRAIN / n), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; row++) {
+        const scalar_t* gate = a.const_data_ptr<scalar_t>() + row * a.stride(0);
+        const scalar_t* up = b.const_data_ptr<scalar_t>() + row * b.stride(0);
+        scalar_t* out = y.data_ptr<scalar_t>() + row * n;
+        _Pragma("omp simd")
+        for (int64_t i = 0; i < n; i++) {
+          const float value = (float)gate[i];
+          out[i] = (scalar_t)((float)(scalar_t)(value / (1 + exponential(-value))) * (float)up[i]);
+        }
+      }
+    });
+  });
+  return y;
+}
+
+// Rotary positions: y = x cos + [-x2, x1] sin, x1 the first half of each head of x [b, heads, width, d]; cos and sin
+// [b or 1, width, d] (Su et al. 2021, arXiv 2104.09864, equation 34, with halves in the place of pairs).
+at::Tensor rotated(const at::Tensor& x, const at::Tensor& cosine, const at::Tensor& sine) {
+  const int64_t d = x.size(3), half = d / 2, heads = x.size(1), width = x.size(2);
+  const at::Tensor cos = cosine.expand({x.size(0), width, d}), sin = sine.expand_as(cos);
+  TORCH_CHECK(x.stride(3) == 1 && cos.stride(2) == 1 && sin.strides() == cos.strides() && x.dtype() == cos.dtype() && d % 2 == 0);
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  LLMLAB_DISPATCH(x.scalar_type(), "rotate", [&] {
+    at::parallel_for(0, x.size(0) * heads * width, std::max<int64_t>(1, GRAIN / d), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; row++) {
+        const int64_t t = row % width, head = row / width % heads, b = row / width / heads;
+        const scalar_t* in = x.const_data_ptr<scalar_t>() + b * x.stride(0) + head * x.stride(1) + t * x.stride(2);
+        const scalar_t* c = cos.const_data_ptr<scalar_t>() + b * cos.stride(0) + t * cos.stride(1);
+        const scalar_t* s = sin.const_data_ptr<scalar_t>() + b * cos.stride(0) + t * cos.stride(1);
+        scalar_t* out = y.data_ptr<scalar_t>() + row * d;
+        _Pragma("omp simd")
+        for (int64_t i = 0; i < half; i++) {
+          const float first = (float)in[i], second = (float)in[half + i];
+          out[i] = (scalar_t)(first * (float)c[i] - second * (float)s[i]);
+          out[half + i] = (scalar_t)(second * (float)c[half + i] + first * (float)s[half + i]);
+        }
+      }
+    });
+  });
+  return y;
+}
+
+std::tuple<at::Tensor, at::Tensor> rotate(const at::Tensor& query, const at::Tensor& key, const at::Tensor& cos, const at::Tensor& sin) {
+  return {rotated(query, cos, sin), rotated(key, cos, sin)};
+}
+
 // One token of one row: write its key and value into the cache at `start`, then attend to all that the cache holds.
 // query [1, heads, 1, d], key and value [1, kv_heads, 1, d], keys and values [1, kv_heads, capacity, d], start []:
 // [1, 1, heads, d] in the dtype of query.
@@ -65,7 +123,7 @@ at::Tensor attend_token(const at::Tensor& query, const at::Tensor& key, const at
   const at::Tensor q = query.to(at::kFloat).contiguous();
   at::Tensor y = at::empty({1, 1, heads, dv}, q.options());
   LLMLAB_DISPATCH(keys.scalar_type(), "attend_token", [&] {
-    const int64_t grain = std::max<int64_t>(1, (1 << 18) / (seen * d));  // below it, threads cost more than they bring
+    const int64_t grain = std::max<int64_t>(1, 4 * GRAIN / (seen * d));
     at::parallel_for(0, heads, grain, [&](int64_t begin, int64_t end) {
       std::vector<float> scores(seen);
       float* weights = scores.data();

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from llmlab.base.errors import InputError
-from llmlab.kernels.fewrows import shared_copy
+from llmlab.kernels.fewops import shared_copy
 from llmlab.model.lm import LM, decoder_layers
 from llmlab.model.matrices import expert_names, matrices, matrix_of, split_experts
 from llmlab.quantization.grid import Scheme

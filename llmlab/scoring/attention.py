@@ -18,7 +18,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from llmlab.kernels.fewrows import rms_norm
+from llmlab.kernels.fewops import rms_norm
 from llmlab.kernels.plain import slow_on_cpu
 from llmlab.model.lm import LM
 from llmlab.scoring.trie import Trie
