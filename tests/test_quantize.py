@@ -1,10 +1,12 @@
 """Whole models: the walk through the layers, rotation, streaming, resuming, the command line."""
 
+import copy
 import multiprocessing
 import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from llmlab.model.convert import bits_per_weight, dequantized, with_dtype
 from llmlab.model.layerwise import stream
 from llmlab.quantization.calibration import calibration_rows
 from llmlab.quantization.gptq import Hessian, factorize, gptq
-from llmlab.quantization.grid import Scheme
+from llmlab.quantization.grid import Scheme, rtn
+from llmlab.quantization.head import quantize_head
 from llmlab.quantization.job import quantize_to
 from llmlab.quantization.report import Report
 from llmlab.quantization.rotate import random_orthogonal, rotate, rotated
@@ -283,3 +286,31 @@ def test_every_way_to_run_packed_weights_agrees(short):
 def test_quantized_weights_are_packed_for_the_kernel_of_this_device(tiny, calibration):
     q = quantize(tiny, 4, 32, calibration=calibration)
     assert {m.kernel for m in q.model.modules() if isinstance(m, QuantLinear)} in ({NATIVE}, {INT4_CPU})
+
+
+def test_a_head_in_few_bits_is_packed_saved_and_read_again(tiny, tmp_path):
+    """GPTQModel's `lm_head` and `dynamic`; an embedding that shares the head's numbers keeps them."""
+    tied = copy.deepcopy(tiny.model).requires_grad_(False)
+    if tiny.model.config.model_type == "llama":
+        tied.config.tie_word_embeddings = True
+        tied.tie_weights()
+    q = quantize(replace(tiny, model=tied), 4, 32, method="rtn")
+    whole = quantize_head(q, 8, 32)
+    head, plain = whole.model.get_output_embeddings(), q.model.get_output_embeddings()
+    assert isinstance(head, QuantLinear) and head.bits == 8 and type(plain) is torch.nn.Linear
+    assert whole.model.get_input_embeddings().weight is q.model.get_input_embeddings().weight
+    rounded = rtn(plain.weight, Scheme(8, 32)).dequantize()
+    with reference_kernel(q, whole):
+        expected = logits(q)
+        assert 0 < (logits(whole) - expected).abs().max() < 0.02 * expected.abs().max()
+        plain.weight = torch.nn.Parameter(rounded, requires_grad=False)
+        assert (logits(whole) - logits(q)).abs().max() < 1e-4
+    assert whole.transformation == "rtn 4 bits, group 32, head 8 bits" and "head" not in q.transformation
+    again = llmlab.load(str(whole.save(tmp_path / "head")), dtype="fp32")
+    again.tokenizer = tiny.tokenizer
+    assert_same(again, whole)
+    for lm, message in [(tiny, "is not quantized"), (whole, "has a QuantLinear as its output head")]:
+        with pytest.raises(InputError, match=message):
+            quantize_head(lm, 8, 32)
+    with pytest.raises(InputError, match="cannot be packed at 8 bits in groups of 48"):
+        quantize_head(q, 8, 48)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -18,11 +17,12 @@ from llmlab.decoding.self_draft import SelfDraft
 from llmlab.decoding.suffix import Suffix
 from llmlab.kernels.fast import packed_dtype
 from llmlab.kernels.native import native
-from llmlab.kernels.packed_linear import QuantLinear, prepare
+from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.model.convert import with_dtype
 from llmlab.model.lm import LM
 from llmlab.model.load import load
-from llmlab.quantization.grid import Scheme, rtn
+from llmlab.quantization.grid import Scheme
+from llmlab.quantization.head import quantize_head
 from llmlab.quantization.walk import quantize
 
 FREE: dict[str, Callable[[], Draft]] = {"lookup": PromptLookup, "suffix": Suffix, "recycling": Recycling}
@@ -62,12 +62,9 @@ def self_4bit(lm: LM, quantized: LM | None = None) -> LM:
     packed = quantized or quantize(lm, method="rtn", scheme=Scheme(4, GROUP, search=False))
     torchs = lm.device.type == "cpu" and bool(native().problem)  # whose kernels want activations of their own
     packed = with_dtype(packed, packed_dtype(lm.device) if torchs else lm.dtype)
-    model, scheme = packed.model, Scheme(4, GROUP)
-    head = model.get_output_embeddings()
-    if type(head) is torch.nn.Linear and head.in_features % GROUP == 0 and head.out_features % 8 == 0:
-        model.set_output_embeddings(QuantLinear.pack(rtn(head.weight.float(), scheme), scheme.bits, head.bias))
-        prepare(model, model.dtype)
-    return replace(packed, transformation=f"{packed.transformation}, head 4 bits")
+    head = packed.model.get_output_embeddings()
+    fits = type(head) is torch.nn.Linear and head.in_features % GROUP == 0 and head.out_features % 8 == 0
+    return quantize_head(packed, 4, GROUP) if fits else packed
 
 
 def forecast(engine: Engine, drafts: list[Draft], batch: int) -> str:
