@@ -11,7 +11,8 @@ import llmlab
 from llmlab import InputError
 from llmlab.decoding.engine import Engine
 from llmlab.kernels import fewrows
-from llmlab.kernels.fewrows import PackedLinear, WidenedRows
+from llmlab.kernels.fewrows import PackedLinear, TwoWays, WidenedRows
+from llmlab.kernels.native import native
 from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.kernels.plain import onednn_takes
 from llmlab.kernels.replay import RECORD
@@ -155,26 +156,37 @@ def check_both_ways(kind, dtype):
     linear = torch.nn.Linear(96, 40, dtype=dtype)
     module = kind(linear)
     x = torch.randn(2, 3, 96, dtype=dtype)
-    module.rows_of_torch = 6
+    for few_rows in (6, 5):  # six rows are more than five
+        module.few_rows = few_rows
+        assert torch.allclose(module(x), linear(x), atol=1e-5 if dtype == torch.float32 else 2e-2)
+    module.few_rows, module.read_once = 6, False
     assert torch.equal(module(x), linear(x))
-    module.rows_of_torch = 5  # six rows are more than that
-    assert torch.allclose(module(x), linear(x), atol=1e-5 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize(("torch_speeds", "expected"), [((1, 1, 1, 1), 0), ((2, 2, 1, 2), 2), ((2, 2, 2, 2), 5)])
-def test_the_layout_of_few_rows_is_the_one_measured_to_be_faster(torch_speeds, expected, monkeypatch):
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize(
+    ("speeds", "expected"), [((0.9,), 0), ((2, 2, 0.9), 2), ((2,) * 6, 17), ((1, 2, 0.9), {True: 2, False: 0})]
+)
+def test_the_way_of_few_rows_is_the_one_measured_to_be_faster(speeds, expected, kernels, monkeypatch):
+    """A tie is enough for the C++ kernels, which hold nothing twice."""
     asked = []
 
-    def faster(plain, other, counted):
-        asked.append(plain.args[1])
-        return torch_speeds[len(asked) - 1]
+    def faster(few, many, counted):
+        asked.append(few.args[1])
+        return speeds[len(asked) - 1]
+
+    if not kernels:
+        monkeypatch.setattr(fewrows, "_read_once", lambda weight: False)
+    elif native().problem:
+        pytest.skip("no C++ kernels here")
+    expected = expected[kernels] if isinstance(expected, dict) else expected
 
     monkeypatch.setattr(fewrows, "_measured", {})
     monkeypatch.setattr(fewrows, "faster", faster)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
     fewrows.prepare(model, torch.float32)
     fewrows.prepare(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(8, 8)), torch.float32)
-    assert [module.rows_of_torch for module in model] == [expected, expected]
+    assert [module.few_rows for module in model] == [expected, expected]
     assert asked == sorted(set(asked))  # once for these shapes
 
 
@@ -183,14 +195,14 @@ def test_no_way_that_this_processor_lacks_is_tried(monkeypatch):
     monkeypatch.setattr(fewrows, "slow_on_cpu", lambda dtype: dtype == torch.bfloat16)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8).bfloat16(), torch.nn.Linear(8, 4))
     fewrows.prepare(model, torch.bfloat16)
-    assert [type(module) for module in model] == [WidenedRows, PackedLinear]
+    assert [type(module) for module in model] == [WidenedRows, PackedLinear if native().problem else TwoWays]
 
 
-def test_the_engine_holds_each_weight_twice_at_most_and_the_model_stays_what_it_was(tiny_folders, tmp_path):
+def test_the_engine_holds_each_weight_once_and_the_model_stays_what_it_was(tiny_folders, tmp_path):
     lm = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
     before, weights = plain(lm, PAST[0]), {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
     first, second = Engine(lm), Engine(lm)
-    assert lm.weight_bytes <= first.memory_bytes <= 2.0 * lm.weight_bytes
+    assert lm.weight_bytes <= first.memory_bytes <= (2.0 if native().problem else 1.1) * lm.weight_bytes
     assert second.memory_bytes == first.memory_bytes
     assert torch.equal(plain(lm, PAST[0]), before)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in lm.model.state_dict().items())

@@ -105,6 +105,29 @@ def test_joined_matrices_hold_their_codes_once():
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("shape", [(40, 64), (97, 100), (1, 7)])  # whole blocks and registers, and not
+def test_plain_products_equal_torchs(dtype, shape):
+    assert native().problem == ""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype)
+    for rows in (*range(1, 12), 17, 40):
+        x = torch.randn(rows, shape[1]).to(dtype)
+        for shift in (bias, None):
+            expected = torch.nn.functional.linear(
+                x.double(), weight.double(), None if shift is None else shift.double()
+            )
+            result = torch.ops.llmlab.dense_rows(x, weight, shift)
+            torch.testing.assert_close(result.double(), expected, rtol=ROUNDING[dtype], atol=10 * ROUNDING[dtype])
+            together = torch.ops.llmlab.dense_rows(x.view(1, rows, -1), weight, shift)
+            assert together.shape == (1, rows, shape[0]) and torch.equal(together[0], result)
+    transposed = torch.randn(rows, shape[1], 2).to(dtype)[..., 0]  # not contiguous
+    expected = torch.nn.functional.linear(transposed.double(), weight.double())
+    result = torch.ops.llmlab.dense_rows(transposed, weight, None)
+    torch.testing.assert_close(result.double(), expected, rtol=ROUNDING[dtype], atol=10 * ROUNDING[dtype])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", HALF)
 def test_norms_equal_torchs(dtype):
     assert native().problem == ""
     torch.manual_seed(0)
@@ -150,8 +173,9 @@ def test_levels_below_this_processors_give_the_same_products(name):
 import torch
 from llmlab.kernels.native import native
 assert (native().level, native().problem) == ({name!r}, ""), native()
-product = torch.load("matrix.pt", weights_only=False)
-print(*product(torch.load("x.pt")).flatten().tolist())
+product, x = torch.load("matrix.pt", weights_only=False), torch.load("x.pt")
+plain = [torch.ops.llmlab.dense_rows(x.to(dtype), x.to(dtype), None).float() for dtype in {HALF}]
+print(*torch.cat([product(x), *plain], dim=1).flatten().tolist())
 """
     with tempfile.TemporaryDirectory() as folder:
         torch.save(linear.fast, f"{folder}/matrix.pt")
@@ -163,7 +187,9 @@ print(*product(torch.load("x.pt")).flatten().tolist())
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     theirs = torch.tensor([float(number) for number in done.stdout.split()]).view(5, -1)
-    torch.testing.assert_close(theirs, linear.fast(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(theirs[:, :96], linear.fast(x), rtol=1e-4, atol=1e-5)
+    plain = torch.cat([(x.to(dtype) @ x.to(dtype).T).float() for dtype in HALF], dim=1)
+    torch.testing.assert_close(theirs[:, 96:], plain, rtol=2e-2, atol=0.2)
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
 
     @cached_property
     def drafts(self) -> list[Draft | LM]:
-        """The drafts, asked in turn."""
+        """The drafts, asked together, as `generate` does."""
         draft = "lookup" if self.draft == "auto" else self.draft
         return [*(named_drafts(self.lm, draft) if isinstance(draft, str) else as_drafts(self.lm, draft))]
 

@@ -5,17 +5,15 @@ weights once, and the rest is overhead. So, in a copy of the module tree that sh
 
 * matrices with the same input (q, k, v; gate, up) become one, which is read at a better rate than its parts. The
   model's own become views of it, with the same numbers in another place, so that no weight is held twice;
-* on CPU the weights of a plain Linear are laid out in oneDNN's blocks, too. On two AMD EPYC cores one fp32 row then
-  takes half the time of torch's default, and five rows cost no more than one. On two Intel Xeon cores five fp32 rows
-  take 0.7 of the time, but one takes 1.2 of it: so up to how many rows torch's layout serves is measured;
-* half precision that oneDNN does not take on this processor is widened to fp32 on the way, from as many rows on as that
-  pays (measured, too);
+* on CPU a plain Linear has two ways, one for few rows and one for more, and up to how many rows the first one serves is
+  measured. Few rows go through the C++ kernels (see `dense.h`): on two Intel Xeon cores five fp32 rows cost what one
+  costs, with torch twice as much. Where those are not there it is torch's way, and the other one has a second copy of
+  the weights in oneDNN's blocks: on two AMD EPYC cores one fp32 row then takes half the time;
 * what stands between the matrices becomes few operations (see `fewops`).
 
 Lossless up to rounding: a sum may run in another order.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Optional
@@ -24,15 +22,16 @@ import torch
 
 from llmlab.base.clock import faster
 from llmlab.kernels.fewops import few_ops
+from llmlab.kernels.native import native
 from llmlab.kernels.native_packed import NativeProduct
 from llmlab.kernels.packed_linear import QuantLinear
-from llmlab.kernels.plain import onednn_takes, slow_on_cpu, widened_linear
+from llmlab.kernels.plain import HALF, onednn_takes, slow_on_cpu, widened_linear
 from llmlab.kernels.replay import whole
 from llmlab.kernels.stacking import stacked
 
 TOGETHER = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
-FEW = (1, 2, 3, 5)  # rows at which the two layouts are compared
-ENOUGH = 2**30  # bytes of weights to compare them on: more than a cache holds
+FEW = (1, 2, 3, 5, 9, 17)  # rows at which the two ways are compared
+ENOUGH = 2**28  # bytes of weights to compare them on: more than a cache holds
 
 
 def prepare(model: torch.nn.Module, dtype: torch.dtype, *, pack: bool = True) -> None:
@@ -45,27 +44,37 @@ def prepare(model: torch.nn.Module, dtype: torch.dtype, *, pack: bool = True) ->
             _join(parent, names, dtype)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if pack and type(child) is torch.nn.Linear and _packs(child):
-                setattr(parent, name, PackedLinear(child))
-            elif pack and type(child) is torch.nn.Linear and _widens(child):
-                setattr(parent, name, WidenedRows(child))
+            if pack and type(child) is torch.nn.Linear:
+                if _packs(child):
+                    setattr(parent, name, PackedLinear(child))
+                elif _widens(child):
+                    setattr(parent, name, WidenedRows(child))
+                elif _read_once(child.weight):
+                    setattr(parent, name, TwoWays(child))
     few_ops(model, dtype, compiled=not pack)
     laid_out = [module for module in model.modules() if isinstance(module, TwoWays)]
     if laid_out:
-        rows = _rows_of_torch(laid_out)
+        rows = _few_rows(laid_out)
         for module in laid_out:
-            module.rows_of_torch = rows
+            module.few_rows = rows
 
 
 def _packs(linear: torch.nn.Linear) -> bool:
+    """Whether oneDNN's blocks help: it takes the dtype, and for fp32 there are no C++ kernels, which need no copy."""
     weight = linear.weight
-    known = weight.dtype in (torch.float32, torch.bfloat16) and weight.numel() > 0
-    return weight.device.type == "cpu" and known and onednn_takes(weight.dtype)
+    known = weight.dtype == torch.bfloat16 or (weight.dtype == torch.float32 and not _read_once(weight))
+    return weight.device.type == "cpu" and known and weight.numel() > 0 and onednn_takes(weight.dtype)
 
 
 def _widens(linear: torch.nn.Linear) -> bool:
     weight = linear.weight
     return weight.device.type == "cpu" and weight.numel() > 0 and slow_on_cpu(weight.dtype)
+
+
+def _read_once(weight: torch.Tensor) -> bool:
+    """Whether the C++ kernels multiply by this matrix."""
+    known = weight.dtype in (torch.float32, *HALF) and weight.numel() > 0 and weight.is_contiguous()
+    return weight.device.type == "cpu" and known and not native().problem
 
 
 @whole
@@ -79,29 +88,33 @@ def multiply(
     return product
 
 
-class TwoWays(torch.nn.Module, ABC):
-    """y = x W^T + b: up to `rows_of_torch` rows as torch does it, above them by `other`, which a subclass gives."""
+class TwoWays(torch.nn.Module):
+    """y = x W^T + b: one way up to `few_rows` rows, another one above. Here: the C++ kernels', torch's."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         # Tensor parallelism's: a rank's part of the inputs, the all-reduce of the outputs.
         self._forward_pre_hooks, self._forward_hooks = linear._forward_pre_hooks, linear._forward_hooks
-        self.rows_of_torch = 0
+        self.few_rows = 0
+        self.read_once = _read_once(linear.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]."""
-        if x.shape[:-1].numel() <= self.rows_of_torch:
-            return torch.nn.functional.linear(x, self.weight, self.bias)
-        return self.other(x)
+        if x.shape[:-1].numel() > self.few_rows:
+            return self.many(x)
+        if self.read_once:
+            product: torch.Tensor = torch.ops.llmlab.dense_rows(x, self.weight, self.bias)
+            return product
+        return torch.nn.functional.linear(x, self.weight, self.bias)
 
-    @abstractmethod
-    def other(self, x: torch.Tensor) -> torch.Tensor:
+    def many(self, x: torch.Tensor) -> torch.Tensor:
         """The same for more rows."""
+        return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
 class PackedLinear(TwoWays):
-    """The other way: W in oneDNN's blocked layout, a second copy."""
+    """More rows with W in oneDNN's blocked layout, a second copy."""
 
     packed: torch.Tensor
 
@@ -110,15 +123,15 @@ class PackedLinear(TwoWays):
         packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), 8)
         self.register_buffer("packed", packed, persistent=False)
 
-    def other(self, x: torch.Tensor) -> torch.Tensor:
+    def many(self, x: torch.Tensor) -> torch.Tensor:
         """By oneDNN."""
         return multiply(x, self.packed, self.bias)
 
 
 class WidenedRows(TwoWays):
-    """The other way for a half precision that this processor is slow at: by fp32."""
+    """More rows for a half precision that this processor is slow at: by fp32."""
 
-    def other(self, x: torch.Tensor) -> torch.Tensor:
+    def many(self, x: torch.Tensor) -> torch.Tensor:
         """By fp32 products."""
         return widened_linear(x, self.weight, self.bias)
 
@@ -126,8 +139,12 @@ class WidenedRows(TwoWays):
 _measured: dict[tuple[object, ...], int] = {}
 
 
-def _rows_of_torch(linears: list[TwoWays]) -> int:
-    """Up to how many rows torch's own way beats the other one on these matrices; measured once for their shapes."""
+def _few_rows(linears: list[TwoWays]) -> int:
+    """Up to how many rows the way of few rows serves these matrices best; measured once for their shapes.
+
+    torch's must be the faster one by far, for the other one's layout is there already; of the C++ kernels' a tie is
+    enough, for they read the weights at the speed of memory and leave torch's threads alone.
+    """
     weight = linears[0].weight
     key = (weight.dtype, frozenset(m.weight.shape for m in linears), torch.get_num_threads())
     if key not in _measured:
@@ -138,8 +155,8 @@ def _rows_of_torch(linears: list[TwoWays]) -> int:
                 size += module.weight.numel() * module.weight.element_size()
         _measured[key] = 0
         for rows in FEW:
-            other, plain = (partial(_multiply_all, some, rows, limit) for limit in (0, rows))
-            if faster(plain, other, counted=3) < 1 / 0.95:
+            many, few = (partial(_multiply_all, some, rows, limit) for limit in (0, rows))
+            if faster(few, many, counted=3) < (0.95 if linears[0].read_once else 1 / 0.95):
                 break
             _measured[key] = rows
     return _measured[key]
@@ -147,9 +164,9 @@ def _rows_of_torch(linears: list[TwoWays]) -> int:
 
 @torch.inference_mode()
 def _multiply_all(linears: list[TwoWays], rows: int, limit: int) -> None:
-    """Rows times all of them, in torch's way up to `limit` rows."""
+    """Rows times all of them, in the way of few rows up to `limit` rows."""
     for module in linears:
-        module.rows_of_torch = limit
+        module.few_rows = limit
         x = torch.zeros(rows, module.weight.shape[1], dtype=module.weight.dtype)
         module.forward(x)  # without hooks: the all-reduce of other ranks would wait
 
@@ -188,7 +205,7 @@ class Part(torch.nn.Module):
 def _join(parent: torch.nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> None:
     """Put one matrix into the place of a module's Linears of these names, if it has them and they can be joined."""
     linears = [parent._modules.get(name) for name in names]
-    plain = [m for m in linears if type(m) is torch.nn.Linear and _packs(m)]
+    plain = [m for m in linears if type(m) is torch.nn.Linear and (_packs(m) or _read_once(m.weight))]
     packed = [m for m in linears if isinstance(m, QuantLinear)]
     matrix: torch.nn.Linear | QuantLinear | None = None
     if any(m is None or m._forward_hooks for m in linears):

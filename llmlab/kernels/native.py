@@ -26,7 +26,8 @@ from llmlab.base.errors import InputError
 from llmlab.base.paths import atomic, cache_folder
 from llmlab.base.progress import progress
 
-SOURCE, HEADER = Path(__file__).with_name("rows.cpp"), Path(__file__).with_name("step.h")
+SOURCE = Path(__file__).with_name("rows.cpp")
+HEADERS = [SOURCE.with_name(name) for name in ("lanes.h", "dense.h", "step.h")]
 SECONDS = 300  # after which a compiler is given up
 X86 = ("x86_64", "amd64")
 LEVELS = {
@@ -121,7 +122,7 @@ def _key(command: list[str], at: str) -> str:
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=SECONDS, check=False)
     parts = (
         SOURCE.read_text(),
-        HEADER.read_text(),
+        *(header.read_text() for header in HEADERS),
         *command,
         version.stdout,
         *_flags(at),
@@ -175,6 +176,7 @@ def _attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest
 # What each operator returns, for fake tensors.
 SHAPES: dict[str, Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]] = {
     "packed_rows": _product,
+    "dense_rows": lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
     "rms_norm": _like,
     "gated": _like,
     "rotate": _rotated,

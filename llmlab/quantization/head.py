@@ -22,7 +22,6 @@ from llmlab.model.lm import LM
 from llmlab.model.matrices import stored_names
 from llmlab.quantization.grid import Scheme, rtn
 
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
