@@ -16,6 +16,7 @@ Lossless up to rounding: a sum may run in another order.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 from typing import Optional
 
 import torch
@@ -142,8 +143,8 @@ _measured: dict[tuple[object, ...], int] = {}
 def _few_rows(linears: list[TwoWays]) -> int:
     """Up to how many rows the way of few rows serves these matrices best; measured once for their shapes.
 
-    torch's must be the faster one by far, for the other one's layout is there already; of the C++ kernels' a tie is
-    enough, for they read the weights at the speed of memory and leave torch's threads alone.
+    The C++ kernels serve up to the most rows at which they are not slower: one row waits for memory in any way. torch's
+    must be the faster one from one row on, for the other one's layout is there already.
     """
     weight = linears[0].weight
     key = (weight.dtype, frozenset(m.weight.shape for m in linears), torch.get_num_threads())
@@ -153,12 +154,15 @@ def _few_rows(linears: list[TwoWays]) -> int:
             if size < ENOUGH:
                 some.append(module)
                 size += module.weight.numel() * module.weight.element_size()
-        _measured[key] = 0
-        for rows in FEW:
+
+        def gain(rows: int) -> float:
             many, few = (partial(_multiply_all, some, rows, limit) for limit in (0, rows))
-            if faster(few, many, counted=3) < (0.95 if linears[0].read_once else 1 / 0.95):
-                break
-            _measured[key] = rows
+            return faster(few, many, counted=3)
+
+        if linears[0].read_once:
+            _measured[key] = next((rows for rows in reversed(FEW) if gain(rows) >= 0.95), 0)
+        else:
+            _measured[key] = max(takewhile(lambda rows: gain(rows) >= 1 / 0.95, FEW), default=0)
     return _measured[key]
 
 
