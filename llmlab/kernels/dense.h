@@ -10,10 +10,6 @@
 #include "step.h"
 
 namespace {
-inline Lanes load_weights(const float* from) { return load_floats(from); }
-inline Lanes load_weights(const at::Half* from) { return load_halves(from); }
-inline Lanes load_weights(const at::BFloat16* from) { return load_upper_halves((const uint16_t*)from); }  // of fp32
-
 // y [R, M] of R rows of x and M rows of W.
 template <int M, int R, typename T>
 void dense_block(const T* w, int64_t n, const float* x, const float* bias, float* y, int64_t stride) {
@@ -25,7 +21,7 @@ void dense_block(const T* w, int64_t n, const float* x, const float* bias, float
     Lanes weights[M];
     for (int m = 0; m < M; m++) {
       __builtin_prefetch(w + (M + m) * n + i, 0, 2);  // the next block: rows are too short for processors to read ahead
-      weights[m] = load_weights(w + m * n + i);
+      weights[m] = load_any(w + m * n + i);
     }
     for (int t = 0; t < R; t++) {
       const Lanes inputs = load_floats(x + t * n + i);

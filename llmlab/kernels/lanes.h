@@ -1,5 +1,6 @@
 // A processor's vectors under one set of names, chosen when this is compiled: AVX-512 with VNNI, AVX2, or any processor's.
 #pragma once
+#include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include <algorithm>
@@ -100,4 +101,7 @@ inline float sum(const Lanes& lanes) {
 }
 inline void store(float* to, const Lanes& lanes) { std::copy_n(lanes.at, WIDTH, to); }
 #endif
+inline Lanes load_any(const float* from) { return load_floats(from); }
+inline Lanes load_any(const at::Half* from) { return load_halves(from); }
+inline Lanes load_any(const at::BFloat16* from) { return load_upper_halves((const uint16_t*)from); }  // of fp32 numbers
 }  // namespace

@@ -29,11 +29,13 @@ void round_row(const T* x, int64_t n, int64_t group, int8_t* x8, float* d, float
   for (int64_t b = 0; b < n / BLOCK; b++) {
     float values[BLOCK], largest = 0;
     for (int j = 0; j < BLOCK; j++) values[j] = (float)x[b * BLOCK + j];
+#pragma omp simd reduction(max : largest)
     for (int j = 0; j < BLOCK; j++) largest = std::max(largest, std::fabs(values[j]));
     const float inverse = largest > 0 ? 127 / largest : 0;
     int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
     for (int j = 0; j < BLOCK; j++) {
-      const int32_t rounded = (int32_t)std::lrint(values[j] * inverse);
+      const int32_t rounded = (int32_t)__builtin_rintf(values[j] * inverse);
       x8[b * BLOCK + j] = (int8_t)rounded;
       sum += rounded;
     }

@@ -15,6 +15,8 @@
 #include <tuple>
 #include <vector>
 
+#include "lanes.h"
+
 #define LLMLAB_DISPATCH(TYPE, NAME, ...)                                                                  \
   AT_DISPATCH_SWITCH(TYPE, NAME, AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__)                                \
                                      AT_DISPATCH_CASE_REDUCED_FLOATING_TYPES(__VA_ARGS__))
@@ -110,13 +112,59 @@ std::tuple<at::Tensor, at::Tensor> rotate(const at::Tensor& query, const at::Ten
   return {rotated(query, cos, sin), rotated(key, cos, sin)};
 }
 
+// H heads of one token that share keys and values: y = softmax(q k^T scale) v. q [H, d], y [H, dv], scores [H, seen].
+template <int H, typename T>
+void attend_heads(const float* q, const T* k, const T* v, int64_t key_stride, int64_t value_stride, int64_t seen,
+                  int64_t d, int64_t dv, float scale, float* scores, float* y) {
+  float largest[H];
+  std::fill_n(largest, H, -INFINITY);
+  for (int64_t t = 0; t < seen; t++, k += key_stride) {
+    Lanes sums[H];
+    for (int h = 0; h < H; h++) sums[h] = splat(0);
+    int64_t i = 0;
+    for (; i + WIDTH <= d; i += WIDTH) {
+      const Lanes keys = load_any(k + i);
+      for (int h = 0; h < H; h++) sums[h] = multiply_add(load_floats(q + h * d + i), keys, sums[h]);
+    }
+    for (int h = 0; h < H; h++) {
+      float score = sum(sums[h]);
+      for (int64_t j = i; j < d; j++) score += q[h * d + j] * (float)k[j];
+      scores[h * seen + t] = score *= scale;
+      largest[h] = std::max(largest[h], score);
+    }
+  }
+  float total[H];
+  for (int h = 0; h < H; h++) {
+    float* weights = scores + h * seen;
+    float all = 0;
+#pragma omp simd reduction(+ : all)
+    for (int64_t t = 0; t < seen; t++) all += weights[t] = exponential(weights[t] - largest[h]);
+    total[h] = all;
+  }
+  int64_t i = 0;
+  for (; i + WIDTH <= dv; i += WIDTH) {
+    Lanes sums[H];
+    for (int h = 0; h < H; h++) sums[h] = splat(0);
+    for (int64_t t = 0; t < seen; t++) {
+      const Lanes values = load_any(v + t * value_stride + i);
+      for (int h = 0; h < H; h++) sums[h] = multiply_add(splat(scores[h * seen + t]), values, sums[h]);
+    }
+    for (int h = 0; h < H; h++) store(y + h * dv + i, multiply_add(sums[h], splat(1 / total[h]), splat(0)));
+  }
+  for (; i < dv; i++)
+    for (int h = 0; h < H; h++) {
+      float value = 0;
+      for (int64_t t = 0; t < seen; t++) value += scores[h * seen + t] * (float)v[t * value_stride + i];
+      y[h * dv + i] = value / total[h];
+    }
+}
+
 // One token of one row: write its key and value into the cache at `start`, then attend to all that the cache holds.
 // query [1, heads, 1, d], key and value [1, kv_heads, 1, d], keys and values [1, kv_heads, capacity, d], start []:
 // [1, 1, heads, d] in the dtype of query.
 at::Tensor attend_token(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor keys,
                         at::Tensor values, const at::Tensor& start, double scale) {
   const int64_t heads = query.size(1), groups = heads / key.size(1), d = query.size(3), dv = value.size(3);
-  const int64_t key_stride = keys.stride(2), value_stride = values.stride(2);
   const int64_t position = *start.const_data_ptr<int64_t>(), seen = position + 1;
   TORCH_CHECK(query.size(0) == 1 && query.size(2) == 1 && seen <= keys.size(2) && position >= 0);
   TORCH_CHECK(keys.stride(3) == 1 && values.stride(3) == 1 && keys.dtype() == values.dtype());
@@ -125,28 +173,19 @@ at::Tensor attend_token(const at::Tensor& query, const at::Tensor& key, const at
   const at::Tensor q = query.to(at::kFloat).contiguous();
   at::Tensor y = at::empty({1, 1, heads, dv}, q.options());
   LLMLAB_DISPATCH(keys.scalar_type(), "attend_token", [&] {
-    const int64_t grain = std::max<int64_t>(1, 4 * GRAIN / (seen * d));
-    at::parallel_for(0, heads, grain, [&](int64_t begin, int64_t end) {
-      std::vector<float> scores(seen);
-      float* weights = scores.data();
-      for (int64_t head = begin; head < end; head++) {
-        const scalar_t* k = keys.const_data_ptr<scalar_t>() + head / groups * keys.stride(1);
-        const scalar_t* v = values.const_data_ptr<scalar_t>() + head / groups * values.stride(1);
-        const float* row = q.const_data_ptr<float>() + head * d;
-        float* out = y.data_ptr<float>() + head * dv;
-        float largest = -INFINITY, sum = 0;
-        for (int64_t t = 0; t < seen; t++) {
-          weights[t] = dot(row, k + t * key_stride, d) * (float)scale;
-          largest = std::max(largest, weights[t]);
-        }
-        _Pragma("omp simd reduction(+ : sum)")
-        for (int64_t t = 0; t < seen; t++) sum += weights[t] = exponential(weights[t] - largest);
-        std::fill_n(out, dv, 0.f);
-        for (int64_t t = 0; t < seen; t++) {
-          const float weight = weights[t] / sum;
-          _Pragma("omp simd")
-          for (int64_t i = 0; i < dv; i++) out[i] += weight * (float)v[t * value_stride + i];
-        }
+    at::parallel_for(0, heads, std::max<int64_t>(1, 8 * GRAIN / (seen * d)), [&](int64_t begin, int64_t end) {
+      std::vector<float> scores(4 * seen);
+      for (int64_t head = begin, count; head < end; head += count) {
+        const int64_t shared = std::min(end - head, groups - head % groups);  // heads that read the same keys
+        count = std::min<int64_t>(shared, 4);
+        const auto attend = count == 4   ? attend_heads<4, scalar_t>
+                            : count == 3 ? attend_heads<3, scalar_t>
+                            : count == 2 ? attend_heads<2, scalar_t>
+                                         : attend_heads<1, scalar_t>;
+        const int64_t kv_head = head / groups;
+        attend(q.const_data_ptr<float>() + head * d, keys.const_data_ptr<scalar_t>() + kv_head * keys.stride(1),
+               values.const_data_ptr<scalar_t>() + kv_head * values.stride(1), keys.stride(2), values.stride(2), seen,
+               d, dv, (float)scale, scores.data(), y.data_ptr<float>() + head * dv);
       }
     });
   });
