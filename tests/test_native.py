@@ -152,11 +152,41 @@ def test_one_tokens_attention_equals_torchs_and_writes_into_the_cache(dtype, see
         query.double(), expected_keys[:, :, :seen].double(), expected_values[:, :, :seen].double(), scale=0.3,
         enable_gqa=True,
     )  # fmt: skip
-    result = torch.ops.llmlab.attend_token(query, key, value, keys, values, torch.tensor(seen - 1), 0.3)
+    result = torch.ops.llmlab.attend_few(query, key, value, keys, values, torch.tensor(seen - 1), None, 0.3)
     torch.testing.assert_close(
         result, expected.transpose(1, 2).to(dtype), rtol=10 * ROUNDING[dtype], atol=ROUNDING[dtype]
     )
     assert torch.equal(keys, expected_keys) and torch.equal(values, expected_values)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kv_heads, d", [(1, 16), (2, 24), (6, 40)])
+def test_attention_of_few_tokens_equals_torchs_under_any_mask(dtype, kv_heads, d):
+    assert native().problem == ""
+    torch.manual_seed(0)
+    batch, heads, width, seen = 3, 6, 5, 50
+    query = torch.randn(batch, width, heads, d).to(dtype).transpose(1, 2)  # as projections give them
+    key, value = torch.randn(2, batch, width, kv_heads, d).to(dtype).transpose(2, 3)
+    keys, values = torch.randn(2, batch, kv_heads, 80, d).to(dtype)
+    slots = torch.stack([torch.randperm(seen)[:width] for _ in range(batch)])
+    mask = torch.rand(batch, 1, width, seen) < 0.5
+    mask.scatter_(3, slots[:, None, :, None], True)  # each token sees itself
+    expected_keys, expected_values = keys.clone(), values.clone()
+    for row in range(batch):
+        expected_keys[row, :, slots[row]], expected_values[row, :, slots[row]] = key[row], value[row]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), expected_keys[:, :, :seen].double(), expected_values[:, :, :seen].double(), attn_mask=mask,
+        scale=0.3, enable_gqa=True,
+    )  # fmt: skip
+    masks = mask.repeat(1, 1, heads // kv_heads, 1)
+    result = torch.ops.llmlab.attend_few(query, key, value, keys, values, slots, masks, 0.3)
+    torch.testing.assert_close(
+        result, expected.transpose(1, 2).to(dtype), rtol=10 * ROUNDING[dtype], atol=ROUNDING[dtype]
+    )
+    assert torch.equal(keys, expected_keys) and torch.equal(values, expected_values)
+    with pytest.raises(RuntimeError):  # a slot that the cache does not have
+        torch.ops.llmlab.attend_few(query, key, value, keys, values, slots + 80, masks, 0.3)
 
 
 @needs_compiler

@@ -18,6 +18,7 @@ from llmlab.kernels.native import native
 from llmlab.kernels.plain import slow_on_cpu
 
 NAME = "llmlab_cache"
+FEW = 17  # tokens of a row in one pass: above it torch's attention, which works in blocks, is faster
 # What transformers hands to attention that says nothing new: the mask, the queries and the keys hold it already.
 IMPLIED = {"dropout", "is_causal", "position_ids", "position_embeddings", "cache_position"}
 
@@ -77,7 +78,7 @@ class PassInputs(NamedTuple):
     Attributes:
         input_ids, positions: [batch, width].
         start: first slot written, [] on CPU, for a row alone; else None.
-        slots: [batch, width], the slot of each token, for several rows; else None.
+        slots: [batch, width], the slot of each token; None at first where `start` says it.
         mask: [batch, 1, groups * width, seen], True where a token (below one another: the query heads of a KV head)
             sees a slot; None if every token sees all slots up to its own.
         near: the same for layers with a sliding window; None if all that `mask` shows is near enough.
@@ -131,9 +132,9 @@ def cached_attention(
     if mask is not None and mask.shape[2] != rows:  # the config tells another number of KV heads
         mask = mask[:, :, : query.shape[2]].repeat(1, 1, rows // query.shape[2], 1)
     cap, sinks = asked.get("softcap") or 0.0, asked.get("s_aux")
-    token_alone = inputs.start is not None and mask is None and query.shape[2] == 1
-    if token_alone and cap == 0 and sinks is None and static_cache.native:
-        return torch.ops.llmlab.attend_token(query, key, value, *buffers, inputs.start, scale), None
+    few = query.shape[2] <= FEW and (mask is not None or query.shape[2] == 1)
+    if few and cap == 0 and sinks is None and static_cache.native:
+        return torch.ops.llmlab.attend_few(query, key, value, *buffers, inputs.slots, mask, scale), None
     return attend(query, key, value, buffers, inputs.start, inputs.slots, mask, scale, cap, sinks), None
 
 

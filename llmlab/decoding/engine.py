@@ -193,6 +193,8 @@ class Engine:
     def _forward(self, *tensors: torch.Tensor | None, logits_to_keep: int | torch.Tensor = 0) -> torch.Tensor:
         """The pass itself; what is recorded. `tensors` are those of a PassInputs."""
         inputs = PassInputs(*tensors)  # type: ignore[arg-type]  # the first two are never None
+        if inputs.start is not None:
+            inputs = inputs._replace(slots=inputs.start + torch.arange(inputs.input_ids.shape[1]))
         logits: torch.Tensor = self.model(
             input_ids=inputs.input_ids, position_ids=inputs.positions, use_cache=False, logits_to_keep=logits_to_keep,
             static_cache=self.cache, inputs=inputs,

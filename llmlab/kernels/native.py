@@ -169,8 +169,10 @@ def _rotated(query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor) -> tup
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-def _attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: torch.Tensor | float) -> torch.Tensor:
-    return query.new_empty(1, 1, query.shape[1], value.shape[3])
+def _attended(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: torch.Tensor | float | None
+) -> torch.Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
 # What each operator returns, for fake tensors.
@@ -180,5 +182,5 @@ SHAPES: dict[str, Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]
     "rms_norm": _like,
     "gated": _like,
     "rotate": _rotated,
-    "attend_token": _attended,
+    "attend_few": _attended,
 }

@@ -137,7 +137,7 @@ TORCH_LIBRARY(llmlab, library) {
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   library.def("gated(Tensor a, Tensor b) -> Tensor");
   library.def("rotate(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)");
-  library.def("attend_token(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor start, float scale) -> Tensor");
+  library.def("attend_few(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor? mask, float scale) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(llmlab, CPU, library) {
   library.impl("packed_rows", &packed_rows);
@@ -145,5 +145,5 @@ TORCH_LIBRARY_IMPL(llmlab, CPU, library) {
   library.impl("rms_norm", &rms_norm);
   library.impl("gated", &gated);
   library.impl("rotate", &rotate);
-  library.impl("attend_token", &attend_token);
+  library.impl("attend_few", &attend_few);
 }

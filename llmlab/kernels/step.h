@@ -33,13 +33,6 @@ inline float exponential(float x) {
   return e * std::bit_cast<float>(((int32_t)n + 127) << 23);
 }
 
-template <typename A, typename B> float dot(const A* a, const B* b, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) sum += (float)a[i] * (float)b[i];
-  return sum;
-}
-
 // y = x / sqrt(|x|^2 / n + eps) * w, rounded to the dtype of x before the product as models do. x [..., n].
 at::Tensor rms_norm(const at::Tensor& given, const at::Tensor& weight, double eps) {
   const at::Tensor x = given.contiguous(), w = weight.to(x.scalar_type()).contiguous();
@@ -49,7 +42,10 @@ at::Tensor rms_norm(const at::Tensor& given, const at::Tensor& weight, double ep
     const scalar_t *in = x.const_data_ptr<scalar_t>(), *scale = w.const_data_ptr<scalar_t>();
     scalar_t* out = y.data_ptr<scalar_t>();
     for (int64_t row = 0; row < rows; row++, in += n, out += n) {
-      const float inverse = 1 / std::sqrt(dot(in, in, n) / n + (float)eps);
+      float squares = 0;
+      _Pragma("omp simd reduction(+ : squares)")
+      for (int64_t i = 0; i < n; i++) squares += (float)in[i] * (float)in[i];
+      const float inverse = 1 / std::sqrt(squares / n + (float)eps);
       _Pragma("omp simd")
       for (int64_t i = 0; i < n; i++) out[i] = (scalar_t)((float)(scalar_t)((float)in[i] * inverse) * (float)scale[i]);
     }
@@ -112,11 +108,12 @@ std::tuple<at::Tensor, at::Tensor> rotate(const at::Tensor& query, const at::Ten
   return {rotated(query, cos, sin), rotated(key, cos, sin)};
 }
 
-// H heads of one token that share keys and values: y = softmax(q k^T scale) v. q [H, d], y [H, dv], scores [H, seen].
+// H rows of queries that share keys and values: y = softmax(q k^T scale) v over the slots that each may see. q [H, d],
+// y [H, dv], scores [H, seen]; mask [H, seen], or nothing if all are seen.
 template <int H, typename T>
-void attend_heads(const float* q, const T* k, const T* v, int64_t key_stride, int64_t value_stride, int64_t seen,
-                  int64_t d, int64_t dv, float scale, float* scores, float* y) {
-  float largest[H];
+void attend_rows(const float* q, const T* k, const T* v, int64_t key_stride, int64_t value_stride, const bool* mask,
+                 int64_t seen, int64_t d, int64_t dv, float scale, float* scores, float* y) {
+  float largest[H], total[H];
   std::fill_n(largest, H, -INFINITY);
   for (int64_t t = 0; t < seen; t++, k += key_stride) {
     Lanes sums[H];
@@ -129,14 +126,12 @@ void attend_heads(const float* q, const T* k, const T* v, int64_t key_stride, in
     for (int h = 0; h < H; h++) {
       float score = sum(sums[h]);
       for (int64_t j = i; j < d; j++) score += q[h * d + j] * (float)k[j];
-      scores[h * seen + t] = score *= scale;
+      scores[h * seen + t] = score = mask && !mask[h * seen + t] ? -INFINITY : score * scale;
       largest[h] = std::max(largest[h], score);
     }
   }
-  float total[H];
   for (int h = 0; h < H; h++) {
-    float* weights = scores + h * seen;
-    float all = 0;
+    float *weights = scores + h * seen, all = 0;
 #pragma omp simd reduction(+ : all)
     for (int64_t t = 0; t < seen; t++) all += weights[t] = exponential(weights[t] - largest[h]);
     total[h] = all;
@@ -159,36 +154,60 @@ void attend_heads(const float* q, const T* k, const T* v, int64_t key_stride, in
     }
 }
 
-// One token of one row: write its key and value into the cache at `start`, then attend to all that the cache holds.
-// query [1, heads, 1, d], key and value [1, kv_heads, 1, d], keys and values [1, kv_heads, capacity, d], start []:
-// [1, 1, heads, d] in the dtype of query.
-at::Tensor attend_token(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor keys,
-                        at::Tensor values, const at::Tensor& start, double scale) {
-  const int64_t heads = query.size(1), groups = heads / key.size(1), d = query.size(3), dv = value.size(3);
-  const int64_t position = *start.const_data_ptr<int64_t>(), seen = position + 1;
-  TORCH_CHECK(query.size(0) == 1 && query.size(2) == 1 && seen <= keys.size(2) && position >= 0);
-  TORCH_CHECK(keys.stride(3) == 1 && values.stride(3) == 1 && keys.dtype() == values.dtype());
-  keys.select(2, position).copy_(key.select(2, 0));
-  values.select(2, position).copy_(value.select(2, 0));
-  const at::Tensor q = query.to(at::kFloat).contiguous();
-  at::Tensor y = at::empty({1, 1, heads, dv}, q.options());
-  LLMLAB_DISPATCH(keys.scalar_type(), "attend_token", [&] {
-    at::parallel_for(0, heads, std::max<int64_t>(1, 8 * GRAIN / (seen * d)), [&](int64_t begin, int64_t end) {
-      std::vector<float> scores(4 * seen);
-      for (int64_t head = begin, count; head < end; head += count) {
-        const int64_t shared = std::min(end - head, groups - head % groups);  // heads that read the same keys
-        count = std::min<int64_t>(shared, 4);
-        const auto attend = count == 4   ? attend_heads<4, scalar_t>
-                            : count == 3 ? attend_heads<3, scalar_t>
-                            : count == 2 ? attend_heads<2, scalar_t>
-                                         : attend_heads<1, scalar_t>;
-        const int64_t kv_head = head / groups;
-        attend(q.const_data_ptr<float>() + head * d, keys.const_data_ptr<scalar_t>() + kv_head * keys.stride(1),
-               values.const_data_ptr<scalar_t>() + kv_head * values.stride(1), keys.stride(2), values.stride(2), seen,
-               d, dv, (float)scale, scores.data(), y.data_ptr<float>() + head * dv);
+// Put what comes in, [b, heads, width, d], into slots [b, width] of a cache [b, heads, capacity, d].
+void write_slots(const at::Tensor& given, const at::Tensor& cache, const int64_t* slots) {
+  const at::Tensor from = given.to(cache.scalar_type());
+  TORCH_CHECK(from.stride(3) == 1 && cache.stride(3) == 1);
+  const int64_t heads = from.size(1), width = from.size(2), d = from.size(3);
+  LLMLAB_DISPATCH(cache.scalar_type(), "write_slots", [&] {
+    for (int64_t b = 0; b < from.size(0); b++)
+      for (int64_t t = 0; t < width; t++) {
+        const int64_t slot = slots[b * width + t];
+        TORCH_CHECK(slot >= 0 && slot < cache.size(2));
+        for (int64_t head = 0; head < heads; head++)
+          std::copy_n(from.const_data_ptr<scalar_t>() + b * from.stride(0) + head * from.stride(1) + t * from.stride(2), d,
+                      cache.data_ptr<scalar_t>() + b * cache.stride(0) + head * cache.stride(1) + slot * cache.stride(2));
+      }
+  });
+}
+
+// Write the keys and values of a few tokens into their slots, then attend to the slots that each may see. query
+// [b, heads, width, d], key and value [b, kv_heads, width, d], keys and values [b, kv_heads, capacity, d], slots [b, width];
+// mask [b, 1, heads / kv_heads x width, seen], by default every slot up to the one token's own: [b, width, heads, dv].
+at::Tensor attend_few(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor keys,
+                      at::Tensor values, const at::Tensor& slots, const std::optional<at::Tensor>& mask, double scale) {
+  const int64_t batch = query.size(0), heads = query.size(1), width = query.size(2), d = query.size(3);
+  const int64_t kv_heads = key.size(1), dv = value.size(3), rows = heads / kv_heads * width;
+  const at::Tensor at = slots.contiguous(), sees = mask ? mask->contiguous() : at::Tensor();
+  const int64_t* slot = at.const_data_ptr<int64_t>();
+  const int64_t seen = mask ? sees.size(3) : *slot + 1;
+  TORCH_CHECK(at.numel() == batch * width && keys.dtype() == values.dtype() && (mask || batch * width == 1));
+  TORCH_CHECK(seen <= keys.size(2) && (!mask || (sees.size(0) == batch && sees.size(2) == rows)));
+  write_slots(key, keys, slot);
+  write_slots(value, values, slot);
+  const at::Tensor q = query.to(at::kFloat).contiguous();  // rows of a KV head: its query heads, of each all tokens
+  at::Tensor y = at::empty({batch, kv_heads, rows, dv}, q.options());
+  const bool* seen_by = mask ? sees.const_data_ptr<bool>() : nullptr;
+  constexpr int64_t SHARE = 4;
+  const int64_t parts = (rows + SHARE - 1) / SHARE, work = SHARE * seen * d;
+  LLMLAB_DISPATCH(keys.scalar_type(), "attend_few", [&] {
+    at::parallel_for(0, batch * kv_heads * parts, std::max<int64_t>(1, 8 * GRAIN / work), [&](int64_t begin, int64_t end) {
+      std::vector<float> scores(SHARE * seen);
+      for (int64_t unit = begin; unit < end; unit++) {
+        const int64_t row = unit % parts * SHARE, head = unit / parts % kv_heads, b = unit / parts / kv_heads;
+        const int64_t count = std::min(rows - row, SHARE), place = (b * kv_heads + head) * rows + row;
+        const auto attend = count == 4   ? attend_rows<4, scalar_t>
+                            : count == 3 ? attend_rows<3, scalar_t>
+                            : count == 2 ? attend_rows<2, scalar_t>
+                                         : attend_rows<1, scalar_t>;
+        attend(q.const_data_ptr<float>() + place * d,
+               keys.const_data_ptr<scalar_t>() + b * keys.stride(0) + head * keys.stride(1),
+               values.const_data_ptr<scalar_t>() + b * values.stride(0) + head * values.stride(1), keys.stride(2),
+               values.stride(2), seen_by ? seen_by + (b * rows + row) * seen : nullptr, seen, d, dv, (float)scale,
+               scores.data(), y.data_ptr<float>() + place * dv);
       }
     });
   });
-  return y.to(query.scalar_type());
+  return y.view({batch, heads, width, dv}).transpose(1, 2).to(query.scalar_type());
 }
 }  // namespace
