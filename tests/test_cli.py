@@ -64,6 +64,8 @@ def test_perplexity(run, tmp_path):
     assert status == 0
     assert "2 windows of 64 tokens" in " ".join(shown.split())
     assert json.loads(out.read_text())["perplexity"] > 1
+    status, _, complaint = run("perplexity", "--text", text, "--context", 64, "--protocol", "gptq-2048")
+    assert status == 2 and "gptq-2048 sets context" in complaint
 
 
 def test_generate(run, tmp_path):

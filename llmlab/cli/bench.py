@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from llmlab.measure.record import Measurement
 
 CalibrationRows = Annotated[int, Option(help="Calibration rows of 512 tokens.")]
-VARIANT = ("variant", "perplexity", "acc_norm", "kl_divergence", "bytes", "decode_tokens_per_s")
+VARIANT = (
+    *("variant", "perplexity", "acc_norm", "kl", "kl_99", "top1"),
+    *("bytes", "seconds", "peak_bytes", "decode_tokens_per_s"),
+)
 LAYOUT = ("layout", "schedule", "seconds_measured", "seconds_simulated", "bubble_measured", "bubble_simulated")
 DECODER = (
     *("engine", "draft", "dtype", "kind", "batch", "tokens_per_s", "acceptance_rate"),

@@ -49,10 +49,11 @@ def score(
 def perplexity(
     loading: Loading,
     text: Annotated[Path | None, Option(help="A UTF-8 text file; by default WikiText-2's test set.")] = None,
-    context: Annotated[int, Option(help="Tokens in a window.")] = 512,
+    context: Annotated[int | None, Option(help="Tokens in a window; by default 512.")] = None,
     stride: Annotated[int | None, Option(help="Tokens between windows; by default the context.")] = None,
     max_windows: Annotated[int | None, Option(help="Stop after N windows.")] = None,
     batch_size: BatchSize = 1,
+    protocol: Annotated[str | None, Option(help="gptq-2048: the windows of GPTQ's tables, all of them.")] = None,
 ) -> Payload:
     """Perplexity of a text over sliding windows; the protocol is printed beside the number."""
     from llmlab.scoring.perplexity import check_protocol
@@ -60,13 +61,12 @@ def perplexity(
     content = llmlab.data.wikitext("test") if text is None else llmlab.data.read_text(text)
 
     def check(lm: llmlab.LM) -> None:
-        check_protocol(lm, context, stride, max_windows, batch_size)
+        check_protocol(lm, context, stride, max_windows, batch_size, protocol)
         lm.input_ids(content)
 
     lm, seconds = loading.load_checked(check)
-    result = llmlab.perplexity(
-        lm, content, context=context, stride=stride, max_windows=max_windows, batch_size=batch_size
-    )
+    windows = {"context": context, "stride": stride, "max_windows": max_windows}
+    result = llmlab.perplexity(lm, content, batch_size=batch_size, protocol=protocol, **windows)
     name = "wikitext-2 test" if text is None else text.name
     result = replace(result, data=name, seconds_total=seconds + result.seconds_total)
     return finish(f"{lm.name} on {name}", lm, result) | {"seconds_load": seconds}
