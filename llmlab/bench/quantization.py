@@ -81,7 +81,7 @@ def bench_quantization(
 
     def add(model: LM, variant: str, method: str, bits: int, group_size: int | None = None, **more: object) -> None:
         about: Row = {"variant": variant, "method": method, "bits": bits, "group_size": group_size}
-        about |= {"seconds": 0.0, "peak_bytes": 0} | more  # of quantizing
+        about |= {"seconds": 0.0, "peak_bytes": 0} | more  # of quantizing; None: in a process of its own
         packed = quant_linears(model.model)
         size: Row = {"bytes": model.weight_bytes} | (
             {"bits_per_weight": bits_per_weight(model.model)} if packed else {}
@@ -112,8 +112,7 @@ def bench_quantization(
             answer = peer_quantize("gptqmodel", lm, calibration, Scheme(4, 64, act_order=True), folder)
             theirs = load(str(folder), dtype="fp32", device=lm.device)
         seconds, reason = answer["seconds"], answer["versions"]
-        how = {"act_order": True, "seconds": seconds, "peak_bytes": None}  # in a process of its own
-        add(theirs, "GPTQModel 4 bits", "gptqmodel", 4, 64, **how)
+        add(theirs, "GPTQModel 4 bits", "gptqmodel", 4, 64, act_order=True, seconds=seconds, peak_bytes=None)
     speeds, speedups = _speeds(lm, timed, repeats)
     table = [row | speeds.get(name, {}) for name, row in rows.items()]
     ratios = summary(rows)
