@@ -64,6 +64,8 @@ def test_perplexity(run, tmp_path):
     assert status == 0
     assert "2 windows of 64 tokens" in " ".join(shown.split())
     assert json.loads(out.read_text())["perplexity"] > 1
+    status, _, complaint = run("perplexity", "--text", text, "--context", 64, "--protocol", "gptq-2048")
+    assert status == 2 and "gptq-2048 sets context" in complaint
 
 
 def test_generate(run, tmp_path):
@@ -122,7 +124,10 @@ def test_plan_shows_sixteen_and_four_bits(run, tmp_path):
     assert status == 0
     assert "best: data 2 x pipeline 2" in shown
     assert "best: data 4" in shown
-    assert [p["bits"] for p in json.loads(out.read_text())["plans"]] == [16, 4]
+    assert "quantizing it to 4 bits, layer by layer in fp32, 64 x 512 calibration tokens: " in " ".join(shown.split())
+    written = json.loads(out.read_text())
+    assert [p["bits"] for p in written["plans"]] == [16, 4]
+    assert written["quantizing"]["4"]["cpu"] > written["quantizing"]["4"]["gpu"] > 0
 
 
 def test_plan_of_many_nodes_fits_a_terminal_and_states_energy_and_money(run, tmp_path):

@@ -1,9 +1,9 @@
 """`llmlab bench quantization`: bits x group x method -> quality, size and speed, beside fp32 and the peers."""
 
-import statistics
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from llmlab.quantization.grid import Scheme
 from llmlab.quantization.report import Report
 from llmlab.quantization.rotate import rotated
 from llmlab.quantization.walk import quantize
+from llmlab.scoring.divergence import Exact
 from llmlab.scoring.perplexity import perplexity
 from llmlab.scoring.score import score
 
@@ -79,7 +80,8 @@ def bench_quantization(
     rows, quality = dict[str, Row](), _quality_against(lm, text, questions)
 
     def add(model: LM, variant: str, method: str, bits: int, group_size: int | None = None, **more: object) -> None:
-        about: Row = {"variant": variant, "method": method, "bits": bits, "group_size": group_size, **more}
+        about: Row = {"variant": variant, "method": method, "bits": bits, "group_size": group_size}
+        about |= {"seconds": 0.0, "peak_bytes": 0} | more  # of quantizing; None: in a process of its own
         packed = quant_linears(model.model)
         size: Row = {"bytes": model.weight_bytes} | (
             {"bits_per_weight": bits_per_weight(model.model)} if packed else {}
@@ -91,27 +93,26 @@ def bench_quantization(
     add(lm, "fp32", "none", 32)
     add(bases[True], "rotated fp32", "rotation", 32)
     for name, method, is_rotated, scheme in variants():
-        report, ids = Report(), calibration if method == "gptq" else None
-        job = partial(quantize, bases[is_rotated], method=method, scheme=scheme, calibration=ids, report=report)
-        runs, results = keeping({name: job})
-        peak = peak_bytes(runs[name], lm.device)
+        ids = calibration if method == "gptq" else None
+        job = partial(quantize, bases[is_rotated], method=method, scheme=scheme, calibration=ids)
+        result, cost = _costs(job, lm.device)
         how: Row = {"rotated": is_rotated, "act_order": scheme.act_order, "search": scheme.search}
-        how |= {"seconds_to_quantize": report.seconds, "peak_bytes_to_quantize": peak}
-        add(results[name], name, method, scheme.bits, scheme.group_size, **how)
-        timed |= {name: with_dtype(results[name])} if name in TIMED else {}
+        add(result, name, method, scheme.bits, scheme.group_size, **how, **cost)
+        timed |= {name: with_dtype(result)} if name in TIMED else {}
     reason = missing("gptqmodel") if peers else "not asked for"
     if peers:
         for method, bits in (("int8", 8), ("nf4", 4), ("fp4", 4)):
             name = f"bitsandbytes {method}"  # which quantizes while it loads
-            timed[name] = load(lm.name, dtype=packed_dtype(lm.device), device=lm.device, bitsandbytes=method)
-            add(timed[name], name, f"bitsandbytes-{method}", bits)
+            job = partial(load, lm.name, dtype=packed_dtype(lm.device), device=lm.device, bitsandbytes=method)
+            timed[name], cost = _costs(job, lm.device)
+            add(timed[name], name, f"bitsandbytes-{method}", bits, **cost)
     if not reason:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "theirs"
             answer = peer_quantize("gptqmodel", lm, calibration, Scheme(4, 64, act_order=True), folder)
             theirs = load(str(folder), dtype="fp32", device=lm.device)
         seconds, reason = answer["seconds"], answer["versions"]
-        add(theirs, "GPTQModel 4 bits", "gptqmodel", 4, 64, act_order=True, seconds_to_quantize=seconds)
+        add(theirs, "GPTQModel 4 bits", "gptqmodel", 4, 64, act_order=True, seconds=seconds, peak_bytes=None)
     speeds, speedups = _speeds(lm, timed, repeats)
     table = [row | speeds.get(name, {}) for name, row in rows.items()]
     ratios = summary(rows)
@@ -128,33 +129,32 @@ def bench_quantization(
     return Measurement("bench quantization", values, len(questions), protocol, details=told)
 
 
+def _costs(job: Callable[[], LM], device: torch.device) -> tuple[LM, Row]:
+    """What a job returns, its `seconds`, and the `peak_bytes` that it needed above what was in use before."""
+    runs, results = keeping({"": job})
+    begin = time.perf_counter()
+    peak = peak_bytes(runs[""], device)
+    return results[""], {"seconds": time.perf_counter() - begin, "peak_bytes": peak}
+
+
 def _quality_against(exact: LM, text: str, questions: list[Question]) -> Callable[[LM], Row]:
     """A function that holds a variant's answers and distributions against those of the fp32 model."""
     ids = torch.tensor(exact.input_ids(text)[: DIVERGENCE_WINDOWS * CONTEXT])
     size = min(CONTEXT, len(ids))
-    windows = ids[: len(ids) // size * size].view(-1, size).to(exact.device)
-    log_probs = [_log_probs(exact, window) for window in windows]
+    distributions = Exact(exact, ids[: len(ids) // size * size].view(-1, size))
     predictions = score(exact, questions).predictions_norm
 
     def quality(lm: LM) -> Row:
         result, scores = perplexity(lm, text, context=CONTEXT, max_windows=WINDOWS), score(lm, questions)
-        divergences = [  # mean over positions of KL(exact || this) of the next token, in nats
-            float((right.exp() * (right - _log_probs(lm, window))).sum(-1).mean())
-            for right, window in zip(log_probs, windows, strict=True)
-        ]
+        metrics = {"perplexity": result.perplexity, "word_perplexity": result.word_perplexity}
+        metrics |= {"byte_perplexity": result.byte_perplexity, "acc_norm": scores.acc_norm}
         row: Row = {"perplexity_protocol": result.protocol}
-        for name, metric in (("perplexity", result.perplexity), ("acc_norm", scores.acc_norm)):
+        for name, metric in metrics.items():
             row |= {name: metric.value, f"{name}_interval": [metric.low, metric.high]}
         changed = sum(a != b for a, b in zip(predictions, scores.predictions_norm, strict=True))
-        return row | {"answers_changed": changed, "kl_divergence": statistics.fmean(divergences)}
+        return row | {"answers_changed": changed} | asdict(distributions.against(lm))
 
     return quality
-
-
-@torch.inference_mode()
-def _log_probs(lm: LM, window: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = lm.model(input_ids=window[None], use_cache=False).logits[0]
-    return logits.float().log_softmax(-1)
 
 
 def summary(rows: dict[str, Row]) -> dict[str, float | None]:

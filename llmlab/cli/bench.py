@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from llmlab.measure.record import Measurement
 
 CalibrationRows = Annotated[int, Option(help="Calibration rows of 512 tokens.")]
-VARIANT = ("variant", "perplexity", "acc_norm", "kl_divergence", "bytes", "decode_tokens_per_s")
+VARIANT = (
+    *("variant", "perplexity", "acc_norm", "kl", "kl_99", "top1"),
+    *("bytes", "seconds", "peak_bytes", "decode_tokens_per_s"),
+)
 LAYOUT = ("layout", "schedule", "seconds_measured", "seconds_simulated", "bubble_measured", "bubble_simulated")
 DECODER = (
     *("engine", "draft", "dtype", "kind", "batch", "tokens_per_s", "acceptance_rate"),
@@ -149,22 +152,27 @@ def scoring(
 def quantization(
     place: Place,
     calibration: Annotated[Path | None, Option(help="Text file; by default WikiText-2 (validation).")] = None,
-    rows: CalibrationRows = 64,
+    rows: Annotated[int | None, Option(help="Calibration rows; by default 64, of 512 tokens each.")] = None,
     data: Data = "hellaswag",
     limit: Limit = 40,
     repeats: Repeats = 5,
     peers: Annotated[bool, Option(help="Measure bitsandbytes and GPTQModel too.")] = True,
+    reproduce: Annotated[
+        str | None, Option(help="gptq-opt-125m: the paper's own protocol and table instead; --model may be a copy.")
+    ] = None,
 ) -> Payload:
     """Bits x method -> perplexity, accuracy, divergence, size and speed (about 40 minutes for the built-in model on
     2 cores)."""
     from llmlab.bench.quantization import bench_quantization
-    from llmlab.quantization.calibration import calibration_rows
+    from llmlab.quantization.calibration import ROWS, calibration_rows
 
+    if reproduce is not None:
+        return _reproduce(reproduce, place, calibration, rows)
     check_positive(repeats=repeats)
     text = llmlab.data.read_text(calibration) if calibration else llmlab.data.wikitext("valid")
     test, questions = llmlab.data.wikitext("test"), read_rows(data, limit)
     lm = place.load("fp32")
-    ids = calibration_rows(lm, text, rows=rows)
+    ids = calibration_rows(lm, text, rows=ROWS if rows is None else rows)
 
     def show(row: Payload) -> None:
         print_line(f"{row['variant']:<30} perplexity {row['perplexity']:.2f}   acc_norm {row['acc_norm']:.3f}")
@@ -172,6 +180,22 @@ def quantization(
     measured = bench_quantization(lm, ids, test, questions, peers=peers, repeats=repeats, on_row=show)
     _print_rows("variants", measured.details["rows"], VARIANT)
     return finish(f"{place.model}: quantization", lm, measured, warmup=1, repeats=repeats)
+
+
+def _reproduce(name: str, place: Place, calibration: Path | None, rows: int | None) -> Payload:
+    """What --reproduce does instead."""
+    from llmlab.bench.reproduce import reproduce
+    from llmlab.model.sources import BUILTIN
+
+    def show(row: Payload) -> None:
+        print_line(f"{row['variant']:<14} perplexity {row['perplexity']:.2f}   published {row['published']:g}")
+
+    model = None if place.model == BUILTIN else place.model
+    lm, measured = reproduce(
+        name, model, calibration=calibration, rows=rows, device=place.device, say=print_line, on_row=show
+    )
+    console.print(make_table(name, measured.details["rows"], caption=measured.protocol))
+    return finish(f"{lm.name}: {name}", lm, measured)
 
 
 def sharding(

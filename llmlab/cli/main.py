@@ -49,10 +49,11 @@ def score(
 def perplexity(
     loading: Loading,
     text: Annotated[Path | None, Option(help="A UTF-8 text file; by default WikiText-2's test set.")] = None,
-    context: Annotated[int, Option(help="Tokens in a window.")] = 512,
+    context: Annotated[int | None, Option(help="Tokens in a window; by default 512.")] = None,
     stride: Annotated[int | None, Option(help="Tokens between windows; by default the context.")] = None,
     max_windows: Annotated[int | None, Option(help="Stop after N windows.")] = None,
     batch_size: BatchSize = 1,
+    protocol: Annotated[str | None, Option(help="gptq-2048: the windows of GPTQ's tables, all of them.")] = None,
 ) -> Payload:
     """Perplexity of a text over sliding windows; the protocol is printed beside the number."""
     from llmlab.scoring.perplexity import check_protocol
@@ -60,13 +61,12 @@ def perplexity(
     content = llmlab.data.wikitext("test") if text is None else llmlab.data.read_text(text)
 
     def check(lm: llmlab.LM) -> None:
-        check_protocol(lm, context, stride, max_windows, batch_size)
+        check_protocol(lm, context, stride, max_windows, batch_size, protocol)
         lm.input_ids(content)
 
     lm, seconds = loading.load_checked(check)
-    result = llmlab.perplexity(
-        lm, content, context=context, stride=stride, max_windows=max_windows, batch_size=batch_size
-    )
+    windows = {"context": context, "stride": stride, "max_windows": max_windows}
+    result = llmlab.perplexity(lm, content, batch_size=batch_size, protocol=protocol, **windows)
     name = "wikitext-2 test" if text is None else text.name
     result = replace(result, data=name, seconds_total=seconds + result.seconds_total)
     return finish(f"{lm.name} on {name}", lm, result) | {"seconds_load": seconds}
@@ -176,6 +176,10 @@ def plan(
     bits: Annotated[int | None, Option(help="Weight bits: 16, 8, 4, 3 or 2; by default 16 and 4.")] = None,
 ) -> Payload:
     """Which layouts of data, tensor and pipeline parallelism fit, from a model's config alone."""
+    from llmlab.quantization.calibration import CONTEXT, ROWS
+    from llmlab.quantization.grid import Scheme
+    from llmlab.quantization.memory import memory_needed
+
     card = llmlab.model_card(model)
     plans = [llmlab.plan(card, bits=b, **asdict(cluster)) for b in ([16, 4] if bits is None else [bits])]
     print_line(card)
@@ -195,7 +199,17 @@ def plan(
             if cluster.price is not None:
                 verdict += f", {costs.price(cluster.devices, cluster.price):,.2f} at {cluster.price:g} a device an hour"
         print_line(f"{verdict} (usable layouts come first, {order} first)\n{result.assumptions}\n")
-    return plans[0].as_dict() | {"plans": [result.as_dict() for result in plans]}
+    quantizing = {}
+    for result in plans:
+        if result.bits < 16:
+            cpu, gpu = (memory_needed(card, Scheme(result.bits), ROWS * CONTEXT, device=on) for on in ("cpu", "cuda"))
+            fits = "fits" if gpu.total <= result.memory else "does not fit"
+            print_line(
+                f"quantizing it to {result.bits} bits, layer by layer in fp32, {ROWS} x {CONTEXT} calibration tokens: "
+                f"{gpu} on a GPU ({fits} one device), {cpu.total / 2**30:.2f} GiB on a CPU"
+            )
+            quantizing[result.bits] = {"cpu": cpu.total, "gpu": gpu.total} | asdict(gpu)
+    return plans[0].as_dict() | {"plans": [result.as_dict() for result in plans], "quantizing": quantizing}
 
 
 def convert(

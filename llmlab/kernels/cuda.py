@@ -238,3 +238,9 @@ def _smi(fields: str) -> list[list[str]]:
         return []
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
     return [row for row in rows if len(row) == fields.count(",") + 1] if done.returncode == 0 else []
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that nobody uses, and what torch keeps for itself without a use."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept

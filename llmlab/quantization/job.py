@@ -12,6 +12,7 @@ from llmlab.model.lm import LM, check_device
 from llmlab.quantization.calibration import ROWS, calibration_rows
 from llmlab.quantization.fit import check_quantizable
 from llmlab.quantization.grid import Scheme
+from llmlab.quantization.memory import check_memory, memory_needed
 from llmlab.quantization.report import Report
 from llmlab.quantization.rotate import rotate
 from llmlab.quantization.walk import Walk
@@ -44,7 +45,7 @@ def quantize_to(
         device: where; by default a GPU where there is one.
 
     Raises:
-        InputError: before the expensive work, for anything unusable.
+        InputError: before the expensive work, for anything unusable, and where memory will not do.
         NumericalError: see `quantize`.
     """
     scheme.check()
@@ -54,11 +55,14 @@ def quantize_to(
     solver = method.removeprefix("rotated ")
     lm, read_layer = stream(name, dtype=dtype, device=check_device(device))
     check_quantizable(lm, scheme, solver)
-    calibration = calibration_rows(lm, text, rows=rows)
+    calibration = calibration_rows(lm, text, rows=rows) if solver == "gptq" else None
+    tokens = 0 if calibration is None else calibration.numel()
+    needed = memory_needed(lm.card, scheme, tokens, dtype, device=lm.device.type, loaded=True)
+    check_memory(name, needed, lm.device)
     if solver != method:
         lm, read_layer = rotate(lm, read_layer=read_layer)
     keep = target.parent / f".{target.name}.layers"
-    walk = Walk(lm, scheme, solver, calibration if solver == "gptq" else None, read_layer=read_layer, keep=keep)
+    walk = Walk(lm, scheme, solver, calibration, read_layer=read_layer, keep=keep)
     quantized = walk.run()
     quantized.save(target)
     shutil.rmtree(keep)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from llmlab.base.paths import cache_folder, remember
+from llmlab.kernels.cuda import free_bytes
 from llmlab.kernels.fast import machine
 from llmlab.model.card import ModelCard
 from llmlab.model.lm import LM
@@ -86,12 +87,6 @@ def fitting(card: ModelCard, free: int) -> tuple[int, ...]:
     # Of a node in a layer: the MLP's three widest tensors, and at most ten of the hidden width, at 16 bits.
     node = 2 * (3 * card.intermediate_size + 10 * card.hidden_size)
     return tuple(b for b in GPU_BUDGETS if b * node <= free // 2) or GPU_BUDGETS[:1]
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that nobody uses, and what torch keeps for itself without a use."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def take(waiting: list[Trie], budget: int, sight: type[Sight]) -> list[Trie]:
