@@ -19,6 +19,7 @@ from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import encode_prompts
 from llmlab.decoding.writer import Run
 from llmlab.jobs.own_draft import self_4bit
+from llmlab.kernels.packed_linear import QuantLinear, quant_linears
 from llmlab.measure.record import Measurement, Row
 from llmlab.measure.roofline import measure_bandwidth
 from llmlab.model.lm import LM
@@ -70,7 +71,8 @@ def bench_decoding(
     """
     exact, source = Engine(lm), resolve(lm.name)
     peer, reason = llamacpp(source.location if source.kind == "gguf" else None, new_tokens, lm)
-    single = _single_decoders(exact, half, self_4bit(lm), new_tokens, compile) + [*peer]
+    packed = self_4bit(lm)
+    single = _single_decoders(exact, half, packed, new_tokens, compile) + [*peer]
     bandwidth = measure_bandwidth(lm.device).value
     work = units(lm, prompts, 1, per_kind, new_tokens)
     run_all(single, work, repeats)
@@ -94,7 +96,11 @@ def bench_decoding(
         f"greedy, up to {new_tokens} new tokens, same ids for every engine, interleaved, median of "
         f"{repeats}; decode speed behind the first token; baselines: transformers generate and plain decoding"
     )
-    told = {"prompts": len(prompts), "new_tokens": new_tokens, "repeats": repeats, "bandwidth_bytes_per_s": bandwidth}
+    head = packed.model.get_output_embeddings()
+    kernels = ", ".join(sorted({linear.kernel for linear in quant_linears(packed.model)}))
+    told: Row = {"kernel": kernels, "head_bits": head.bits if isinstance(head, QuantLinear) else None}
+    told |= {"prompts": len(prompts), "new_tokens": new_tokens, "repeats": repeats}
+    told |= {"bandwidth_bytes_per_s": bandwidth}
     cascade = [row for row in ours if (row["draft"], row["batch"]) == (CASCADE, 1)]
     by_kind = {"cascade_speedup": {row["kind"]: row["speedup_vs_plain"] for row in cascade}}
     details = told | {"llamacpp": reason, "rows": rows, "greedy_equal": equal} | ratios | by_kind
