@@ -96,6 +96,8 @@ class Grid:
     symmetric: Annotated[bool, Option("--symmetric", help="Zero points in the middle.")] = False
     act_order: Annotated[bool, Option(help="Columns with large activations first.")] = True
     static_groups: Annotated[bool, Option(help="With act-order, keep groups as runs of columns.")] = True
+    target: Annotated[str, Option(help="gptq, or gptaq or qronos, which make up for earlier layers' errors.")] = "gptq"
+    grid: Annotated[str, Option(help="How grids are searched: shrink, neuqi, or gptq (by GPTQ's own loss).")] = "shrink"
 
 
 def quantize(

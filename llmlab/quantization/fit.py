@@ -29,6 +29,8 @@ def check_quantizable(lm: LM, scheme: Scheme, method: str) -> None:
     scheme.check()
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}.")
+    if method == "rtn" and scheme.target != "gptq":
+        raise InputError(f"the target {scheme.target!r} is GPTQ's: round-to-nearest has no inputs; choose method gptq.")
     if getattr(lm.model.config, "quantization_config", None) is not None:
         raise InputError(f"{lm.name} has no plain Linears ({lm.transformation}): quantize the original model.")
     path, layers = decoder_layers(lm.model)
