@@ -13,7 +13,7 @@ from llmlab.quantization.beside import Beside
 from llmlab.quantization.calibration import layer_calls
 from llmlab.quantization.gptq import Factor, Hessian, factorize, gptq
 from llmlab.quantization.grid import Scheme, codes_of, group_grids
-from llmlab.quantization.targets import ALPHA
+from llmlab.quantization.targets import ALPHA, BETA
 from llmlab.quantization.walk import Walk, quantize
 
 SCHEME = Scheme(3, -1, act_order=False, search=False)
@@ -26,9 +26,9 @@ def drifted(rows=5, columns=COLUMNS, tokens=600):
     return weight, inputs, inputs + 0.2 * problem(rows, columns, tokens, seed=1)[1]
 
 
-def factor_of(inputs, exact, scheme) -> Factor:
+def factor_of(inputs, exact, scheme, *residual) -> Factor:
     hessian = Hessian(inputs.shape[1], inputs.device)
-    hessian.add(inputs, [exact - inputs])
+    hessian.add(inputs, [exact - inputs, *residual])
     return factorize(hessian.matrix(), scheme, hessian.drift())
 
 
@@ -74,21 +74,23 @@ def test_gptaq_equals_the_papers_recursion():
 def test_qronos_equals_the_papers_recursion():
     """The first column corrects the past; then all columns that are free move to where the loss is least."""
     weight, inputs, exact = drifted()
+    residual = problem(rows=600, columns=5, seed=2)[0]  # what the outputs are added to is off, too
     scheme = replace(SCHEME, target="qronos")
-    factor = factor_of(inputs, exact, scheme)
+    factor = factor_of(inputs, exact, scheme, residual)
     found = gptq(weight, factor, scheme)
     h, damped, d = moments(inputs, exact)
-    best = weight + weight @ factor.drift.inputs @ torch.linalg.inv(damped).float()  # whose grid it is
+    pull = BETA * (weight.double() @ d + residual.double().T @ inputs.double() / len(inputs))
+    best = (weight + pull @ torch.linalg.inv(damped)).float()  # whose grid it is
     scale, zero = (grid[:, 0] for grid in group_grids(best, scheme))
     w, codes = weight.double(), torch.empty(5, COLUMNS)
     others = h.clone().fill_diagonal_(0)
-    rounded = (w @ (h + d)[:, 0] - w @ others[:, 0]) / h[0, 0]
+    rounded = ((w @ h + pull)[:, 0] - w @ others[:, 0]) / h[0, 0]
     for q in range(COLUMNS):
         codes[:, q] = codes_of(rounded.float(), scale, zero, scheme)
         done, free = slice(0, q + 1), slice(q + 1, None)
         levels = ((codes[:, done] - zero[:, None]) * scale[:, None]).double()
         if q + 1 < COLUMNS:
-            right = w @ (damped + d)[:, free] - levels @ damped[done, free]
+            right = (w @ damped + pull)[:, free] - levels @ damped[done, free]
             rounded = (right @ torch.linalg.inv(damped[free, free]))[:, 0]
     assert (found.codes == codes).float().mean() > 0.98
     assert (found.codes == gptq(weight, factor_of(inputs, inputs, scheme), scheme).codes).float().mean() < 0.95
@@ -105,7 +107,8 @@ def test_targets_come_nearer_to_the_exact_outputs(scheme):
     assert lost["qronos"] < lost["gptaq"] < lost["gptq"]
 
 
-def test_the_error_is_what_is_lost_above_the_least_possible():
+def test_the_error_is_what_is_lost_above_the_least_possible(monkeypatch):
+    monkeypatch.setattr("llmlab.quantization.targets.BETA", 1)
     weight, inputs, exact = drifted(rows=48, columns=128)
     scheme = Scheme(3, 32, target="qronos", damping=1e-6)
     factor = factor_of(inputs, exact, scheme)

@@ -1,5 +1,6 @@
 """`llmlab bench quantization`: bits x group x method -> quality, size and speed, beside fp32 and the peers."""
 
+import math
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -35,6 +36,7 @@ WINDOWS, CONTEXT = 24, 512  # perplexity: the first non-overlapping windows of t
 DIVERGENCE_WINDOWS = 4
 NEW_TOKENS = 32
 OWN, FASTEST = "GPTQ 4 bits", "rotated GPTQ 4 bits"  # held against GPTQModel's; over which speeds are told
+BEST = Scheme(4, 64, grid="neuqi", target="qronos", sweeps=1)  # of all methods here, on a rotated model
 TIMED = (FASTEST, OWN, "GPTQ 8 bits")
 
 
@@ -42,7 +44,7 @@ def variants() -> list[tuple[str, str, bool, Scheme]]:
     """(name, method, rotated, scheme) of everything that is quantized here."""
     table = []
     for bits in (4, 3):
-        plain = Scheme(bits, 64)
+        plain = Scheme(bits, 64, grid="shrink")
         table += [
             (f"RTN {bits} bits", "rtn", False, replace(plain, search=False)),
             (f"RTN {bits} bits, searched grid", "rtn", False, plain),
@@ -51,6 +53,13 @@ def variants() -> list[tuple[str, str, bool, Scheme]]:
             (f"rotated RTN {bits} bits", "rtn", True, replace(plain, search=False)),
             (f"rotated GPTQ {bits} bits", "gptq", True, plain),
         ]
+    two, three = Scheme(2, 64, grid="shrink"), Scheme(3, 64, grid="shrink")
+    table += [
+        ("rotated GPTQ 2 bits", "gptq", True, two),
+        ("rotated GPTAQ 3 bits", "gptq", True, replace(three, target="gptaq")),
+        ("rotated Qronos 3 bits", "gptq", True, replace(three, target="qronos")),
+        *((f"best {bits} bits", "gptq", True, replace(BEST, bits=bits)) for bits in (4, 3, 2)),
+    ]
     return table + [("GPTQ 8 bits", "gptq", False, Scheme(8, -1, symmetric=True))]
 
 
@@ -96,6 +105,8 @@ def bench_quantization(
         runs, results = keeping({name: job})
         peak = peak_bytes(runs[name], lm.device)
         how: Row = {"rotated": is_rotated, "act_order": scheme.act_order, "search": scheme.search}
+        how |= {"target": scheme.target if method == "gptq" else None, "grid": scheme.grid if scheme.search else None}
+        how["sweeps"] = scheme.sweeps
         how |= {"seconds_to_quantize": report.seconds, "peak_bytes_to_quantize": peak}
         add(results[name], name, method, scheme.bits, scheme.group_size, **how)
         timed |= {name: with_dtype(results[name])} if name in TIMED else {}
@@ -158,13 +169,16 @@ def _log_probs(lm: LM, window: torch.Tensor) -> torch.Tensor:
 
 
 def summary(rows: dict[str, Row]) -> dict[str, float | None]:
-    """The ratios that sum it up: the best 4- and 3-bit perplexity over fp32's, and GPTQ's increase over RTN's."""
+    """The ratios that sum it up: the best 4- and 3-bit perplexity over fp32's, GPTQ's increase over RTN's, and the best
+    2-bit log-perplexity above fp32's over rotated GPTQ's."""
     perplexities = {name: row["perplexity"] for name, row in rows.items()}
     exact, peer, ratios = perplexities["fp32"], perplexities.get("GPTQModel 4 bits"), dict[str, float | None]()
     for bits in (4, 3):
         own = [perplexities[name] for name, r in rows.items() if r["bits"] == bits and r["method"] in ("gptq", "rtn")]
         gptq, rtn = (perplexities[f"{method} {bits} bits"] - exact for method in ("GPTQ", "RTN"))
         ratios |= {f"best_{bits}bit_over_fp32": min(own) / exact, f"gptq_over_rtn_{bits}bit": gptq / rtn}
+    two = [perplexities[name] for name, row in rows.items() if row["bits"] == 2]
+    ratios["excess_2bit_over_gptq"] = math.log(min(two) / exact) / math.log(perplexities["rotated GPTQ 2 bits"] / exact)
     return ratios | {"perplexity_vs_gptqmodel": perplexities[OWN] / peer if peer else None}
 
 

@@ -222,7 +222,7 @@ class _Together(Alone):
         part = gptq(weight[start:stop], factor.of_rows(start, stop), scheme)
         whole = [_gathered(t, bounds) for t in (part.codes, part.scales, part.zeros)]
         result = Quantized(whole[0], whole[1], whole[2], part.g_idx)
-        return with_losses(result, weight.float(), factor)
+        return with_losses(result, weight.float(), factor, scheme)
 
 
 def _gathered(part: torch.Tensor, bounds: list[int]) -> torch.Tensor:

@@ -25,6 +25,7 @@ import torch
 from llmlab.base.errors import NumericalError
 from llmlab.kernels.packing import Quantized
 from llmlab.quantization.grid import Scheme, codes_of, find_grid, finite
+from llmlab.quantization.refine import refine
 from llmlab.quantization.targets import Drift, Target, gptaq, qronos
 
 BLOCK = 128  # columns whose updates reach the columns right of them in one matmul (section 3.3, step 2)
@@ -150,6 +151,8 @@ def gptq(weight: torch.Tensor, factor: Factor, scheme: Scheme) -> Quantized:
     group_of = (order if fixed else torch.arange(columns, device=order.device)) // scheme.columns_per_group(columns)
     target = target_of(original, factor, scheme)
     codes, scales, zeros = round_columns(target, factor, scheme, group_of, fixed)
+    if scheme.sweeps:
+        scales = refine(target.best, codes, (scales, zeros), group_of, damped_hessian(factor), scheme)
     back = torch.argsort(order)
     result = Quantized(
         codes[back].T.to(torch.uint8).contiguous(),
@@ -157,7 +160,7 @@ def gptq(weight: torch.Tensor, factor: Factor, scheme: Scheme) -> Quantized:
         zeros.T.to(torch.uint8).contiguous(),
         group_of[back].int(),
     )
-    return with_losses(result, original, factor)
+    return with_losses(result, original, factor, scheme)
 
 
 def round_columns(
@@ -208,19 +211,21 @@ def group_factor(upper: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return factor
 
 
-def with_losses(quantized: Quantized, weight: torch.Tensor, factor: Factor) -> Quantized:
-    """The same with its error and Babai's bound on it, both relative to the outputs' energy."""
-    best = weight if factor.drift is None else weight + factor.drift.pull(weight) @ inverse(factor)
+def with_losses(quantized: Quantized, weight: torch.Tensor, factor: Factor, scheme: Scheme) -> Quantized:
+    """The same with its error against the target, and Babai's bound on it, both relative to the outputs' energy."""
+    best = target_of(weight, factor, scheme).best[torch.argsort(factor.order)].T
     quantized.error = relative_error(best, quantized, factor.hessian)
     steps = quantized.scales.float()[:, quantized.g_idx.long()[factor.order]] / factor.upper.diagonal()
     quantized.bound = float((steps / 2).square().sum() / _energy(best, factor.hessian))
     return quantized
 
 
-def inverse(factor: Factor) -> torch.Tensor:
-    """The damped H^-1, in the original order."""
-    upper = factor.upper[:, torch.argsort(factor.order)]
-    return upper.T @ upper
+def damped_hessian(factor: Factor) -> torch.Tensor:
+    """H in the order of rounding, damped as it was for the factor."""
+    h = factor.hessian[factor.order][:, factor.order]
+    h.diagonal()[factor.dead[factor.order]] = factor.importance.mean()
+    h.diagonal().add_(factor.damping * factor.importance.mean())
+    return h
 
 
 def relative_error(weight: torch.Tensor, quantized: Quantized, hessian: torch.Tensor) -> float:

@@ -41,6 +41,7 @@ class Scheme:
             "gptq" takes neuqi's grids and judges them by GPTQ's own loss.
         target: what GPTQ's columns are rounded to: "gptq" keeps the outputs for the inputs that the quantized model
             gives, "gptaq" and "qronos" those of the exact model (see `targets`).
+        sweeps: over the codes that GPTQ found, each behind a new fit of the scales to them (see `refine`).
         damping: added to the Hessian's diagonal, as a share of its mean.
         at_least: share of the layers' weights that must be in matrices that can be packed; else it is refused.
     """
@@ -53,6 +54,7 @@ class Scheme:
     search: bool = True
     grid: Literal["shrink", "neuqi", "gptq"] = "shrink"
     target: Literal["gptq", "gptaq", "qronos"] = "gptq"
+    sweeps: int = 0
     damping: float = 0.01
     at_least: float = 0.9
 
@@ -78,6 +80,8 @@ class Scheme:
         for what, name, names in (("grid", self.grid, GRIDS), ("target", self.target, TARGETS)):
             if name not in names:
                 raise InputError(f"unknown {what} {name!r}: choose one of {', '.join(names)}.")
+        if self.sweeps < 0:
+            raise InputError(f"{self.sweeps} sweeps: give 0 or a positive number.")
         if not 0 < self.damping < 1:
             raise InputError(f"damping {self.damping}: choose a share between 0 and 1, such as 0.01.")
 

@@ -55,7 +55,7 @@ def quantize(
     report and the checkpoint's settings name them, and where they hold more than a tenth of the layers' weights
     (`Scheme.at_least`) the model is refused. Needs memory for one decoder layer in fp32, the packed
     layers, and the activations of all calibration rows in one layer: about 4 bytes x tokens x (5 hidden + 4 MLP
-    widths); with a target that looks at the exact model's inputs, 4 bytes x tokens x (4 hidden + 1 MLP width) more.
+    widths); with a target that looks at the exact model's inputs, 4 bytes x tokens x (7 hidden + 1 MLP width) more.
 
     Args:
         lm: a model in fp32 (best) or half precision; it is not changed.
@@ -146,7 +146,8 @@ class Walk:
                 done.append(layer)
                 if self.rows is not None and self.report.linears:
                     last = self.report.linears[-1]
-                    bar.set_postfix_str(f"{last['name'].split('.')[-1]} error {last['error']:.1e}", refresh=False)
+                    lost = f"error {last['error']:.1e}, bound {last['bound']:.1e}"
+                    bar.set_postfix_str(f"{last['name'].split('.')[-1]} {lost}", refresh=False)
                 bar.update(1)
         # Everything but the layers is copied from the original.
         model = copy.deepcopy(lm.model, {id(layers): done})
