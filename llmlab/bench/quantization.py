@@ -63,6 +63,12 @@ def variants() -> list[tuple[str, str, bool, Scheme]]:
     return table + [("GPTQ 8 bits", "gptq", False, Scheme(8, -1, symmetric=True))]
 
 
+def _settings(method: str, scheme: Scheme) -> Row:
+    grid = scheme.grid if scheme.search else None
+    own = {"target": scheme.target, "sweeps": scheme.sweeps} if method == "gptq" else {"target": None, "sweeps": None}
+    return {"act_order": scheme.act_order, "search": scheme.search, "grid": grid} | own
+
+
 def bench_quantization(
     lm: LM,
     calibration: torch.Tensor,
@@ -104,9 +110,7 @@ def bench_quantization(
         job = partial(quantize, bases[is_rotated], method=method, scheme=scheme, calibration=ids, report=report)
         runs, results = keeping({name: job})
         peak = peak_bytes(runs[name], lm.device)
-        how: Row = {"rotated": is_rotated, "act_order": scheme.act_order, "search": scheme.search}
-        how |= {"target": scheme.target if method == "gptq" else None, "grid": scheme.grid if scheme.search else None}
-        how["sweeps"] = scheme.sweeps
+        how: Row = {"rotated": is_rotated} | _settings(method, scheme)
         how |= {"seconds_to_quantize": report.seconds, "peak_bytes_to_quantize": peak}
         add(results[name], name, method, scheme.bits, scheme.group_size, **how)
         timed |= {name: with_dtype(results[name])} if name in TIMED else {}
