@@ -73,10 +73,6 @@ class Scheme:
             raise InputError(f"{self.bits} bits: choose one of {', '.join(map(str, BITS))}.")
         if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
             raise InputError(f"group size {self.group_size}: choose -1 (a whole row) or a multiple of 8 such as 64.")
-        if self.symmetric and self.grid != "shrink":
-            raise InputError(
-                f"the grid {self.grid!r} looks for zero points: a symmetric scheme has one; choose shrink."
-            )
         for what, name, names in (("grid", self.grid, GRIDS), ("target", self.target, TARGETS)):
             if name not in names:
                 raise InputError(f"unknown {what} {name!r}: choose one of {', '.join(names)}.")

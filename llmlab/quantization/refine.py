@@ -63,8 +63,9 @@ def fit_scales(
         reach = hessian[:, inside] @ centred[inside]  # [columns, rows]
         a[:, :, g] = torch.zeros_like(scales).index_add_(0, group_of, centred * reach).T
     diagonal = a.diagonal(dim1=-2, dim2=-1)
-    ridge = torch.diag_embed(1e-4 * diagonal + TINY)  # a group of zeros has no say
-    fitted, failed = torch.linalg.solve_ex(a + ridge, b.T + (1e-4 * diagonal + TINY) * scales.T)
+    # Held a little near the scales so far, for a group of zeros has no say.
+    hold = 1e-4 * diagonal + 1e-8 * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    fitted, failed = torch.linalg.solve_ex(a + torch.diag_embed(hold), b.T + hold * scales.T)
     fitted = fitted.half().float()
 
     def loss(s: torch.Tensor) -> torch.Tensor:  # [rows, groups] to [rows], without w's own energy
