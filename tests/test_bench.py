@@ -16,7 +16,7 @@ from llmlab.bench.bill import bills
 from llmlab.bench.challenge import challenge, plan_here, synthetic_sequences
 from llmlab.bench.decoders import Decoder
 from llmlab.bench.decoding import CASCADE, FREE_DRAFTS, Unit, _difference, bench_decoding
-from llmlab.bench.quantization import bench_quantization, variants
+from llmlab.bench.quantization import BEST, bench_quantization, variants
 from llmlab.bench.scoring import bench_scoring, best_batch_size, fits_memory, own_matmul_flops, own_matmuls
 from llmlab.bench.sharding import bench_sharding
 from llmlab.data import ENDING_TOKENS, QUESTION_TOKENS
@@ -315,6 +315,10 @@ def test_bench_quantization_reports_what_it_promises(tiny_folders, monkeypatch):
     assert gptq["kl"] < by_name["RTN 3 bits"]["kl"] and gptq["top1"] > by_name["RTN 3 bits"]["top1"]
     for bits in (4, 3):
         assert result[f"best_{bits}bit_over_fp32"] > 0 and f"gptq_over_rtn_{bits}bit" in result
+    best = by_name["best 2 bits"]
+    assert (best["target"], best["grid"], by_name["RTN 4 bits"]["target"]) == ("qronos", BEST.grid, None)
+    two = [np.log(row["perplexity"] / by_name["fp32"]["perplexity"]) for row in by_name.values() if row["bits"] == 2]
+    assert result["excess_2bit_over_gptq"] == pytest.approx(min(two) / two[0])
     assert result["perplexity_vs_gptqmodel"] is None and result["gptqmodel"] == "not asked for"
     low, high = result["decode_speedup_vs_fp32_interval"]
     assert low <= result["decode_speedup_vs_fp32"] <= high

@@ -270,6 +270,14 @@ def test_quantize_writes_a_checkpoint_that_score_reads(run, tiny_folders, rows_f
     assert len(found["linears"]) == 14
     status, _, _ = run("score", "--model", tmp_path / "q", "--data", rows_file, "--limit", 2)
     assert status == 0
+    newer = ["--bits", 3, "--target", "qronos", "--grid", "neuqi", "--json", out]
+    status, _, _ = run("quantize", *small, *newer, "--output", tmp_path / "newer")
+    assert status == 0
+    found = json.loads(out.read_text())
+    assert found["record"]["transformation"] == "qronos 3 bits, group 32"
+    assert all(linear["bound"] > 0 for linear in found["linears"])
+    status, _, complaint = run("quantize", *small, "--target", "awq", "--output", tmp_path / "r")
+    assert status == 2 and "unknown target 'awq': choose one of gptq, gptaq, qronos" in complaint
     status, _, complaint = run("quantize", *small, "--bits", 5, "--output", tmp_path / "r")
     assert status == 2 and "5 bits: choose one of 2, 3, 4, 8" in complaint
     status, _, complaint = run("quantize", *small, "--bits", 4, "--output", tmp_path / "q")

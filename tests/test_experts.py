@@ -100,10 +100,12 @@ def test_every_matrix_is_quantized_saved_and_read_back(family, folders, tmp_path
     assert (logits(lm) - logits(finer)).norm() / logits(lm).norm() < 0.1
 
 
-def test_an_expert_is_solved_for_the_tokens_that_are_routed_to_it(folders):
+@pytest.mark.parametrize("target", ["gptq", "qronos"])
+def test_an_expert_is_solved_for_the_tokens_that_are_routed_to_it(folders, target):
+    """By GPTQ, whatever the target: the exact model routes other tokens to it."""
     lm = llmlab.load(str(folders["mixtral"]), dtype="fp32", device="cpu")
     rows = calibration_rows(lm, TEXT, rows=8, context=128)
-    report, scheme = Report(), Scheme(4, 32)
+    report, scheme = Report(), Scheme(4, 32, target=target)
     q = quantize(lm, scheme=scheme, calibration=rows, report=report)
     name = "model.layers.0.mlp.experts.2.w2"
     seen = inputs_of(q.model, name, rows)

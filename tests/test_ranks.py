@@ -18,6 +18,7 @@ from llmlab import InputError, RankError
 from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.quantization.calibration import calibration_rows
 from llmlab.quantization.grid import Scheme, rtn
+from llmlab.quantization.report import Report
 from llmlab.quantization.walk import quantize
 from llmlab.sharding.cuts import Cuts
 
@@ -121,12 +122,16 @@ def test_quantized_models_are_cut_along_their_groups(four, tiny_folders, questio
     assert largest(alone, together) <= 5e-4
 
 
-def test_gptq_over_the_ranks_is_gptq(four, tiny_folders, tmp_path):
+@pytest.mark.parametrize("target", ["gptq", "qronos"])
+def test_gptq_over_the_ranks_is_gptq(four, tiny_folders, tmp_path, target):
     folder = str(tiny_folders["llama"])
     lm = llmlab.load(folder, dtype="fp32")
     rows = calibration_rows(lm, TEXT, rows=8)
-    alone = quantize(lm, scheme=Scheme(4, 32), calibration=rows)
-    found = four.quantize(folder, tmp_path / "q", TEXT, scheme=Scheme(4, 32), rows=8)
+    scheme, report = Scheme(4, 32, target=target), Report()
+    alone = quantize(lm, scheme=scheme, calibration=rows, report=report)
+    found = four.quantize(folder, tmp_path / "q", TEXT, scheme=scheme, rows=8)
+    for own, shared in zip(report.linears, found["linears"], strict=True):
+        assert [shared["error"], shared["bound"]] == pytest.approx([own["error"], own["bound"]], rel=0.05)
     assert found["tokens"] == rows.numel() and found["seconds"] > 0
     together = llmlab.load(str(tmp_path / "q"), dtype="fp32")
     ours, theirs = alone.model.state_dict(), together.model.state_dict()

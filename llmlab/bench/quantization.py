@@ -1,5 +1,6 @@
 """`llmlab bench quantization`: bits x group x method -> quality, size and speed, beside fp32 and the peers."""
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ WINDOWS, CONTEXT = 24, 512  # perplexity: the first non-overlapping windows of t
 DIVERGENCE_WINDOWS = 4
 NEW_TOKENS = 32
 OWN, FASTEST = "GPTQ 4 bits", "rotated GPTQ 4 bits"  # held against GPTQModel's; over which speeds are told
+BEST = Scheme(4, 64, grid="neuqi", target="qronos", sweeps=1)  # of all methods here, on a rotated model
 TIMED = (FASTEST, OWN, "GPTQ 8 bits")
 
 
@@ -43,7 +45,7 @@ def variants() -> list[tuple[str, str, bool, Scheme]]:
     """(name, method, rotated, scheme) of everything that is quantized here."""
     table = []
     for bits in (4, 3):
-        plain = Scheme(bits, 64)
+        plain = Scheme(bits, 64, grid="shrink")
         table += [
             (f"RTN {bits} bits", "rtn", False, replace(plain, search=False)),
             (f"RTN {bits} bits, searched grid", "rtn", False, plain),
@@ -52,7 +54,20 @@ def variants() -> list[tuple[str, str, bool, Scheme]]:
             (f"rotated RTN {bits} bits", "rtn", True, replace(plain, search=False)),
             (f"rotated GPTQ {bits} bits", "gptq", True, plain),
         ]
+    two, three = Scheme(2, 64, grid="shrink"), Scheme(3, 64, grid="shrink")
+    table += [
+        ("rotated GPTQ 2 bits", "gptq", True, two),
+        ("rotated GPTAQ 3 bits", "gptq", True, replace(three, target="gptaq")),
+        ("rotated Qronos 3 bits", "gptq", True, replace(three, target="qronos")),
+        *((f"best {bits} bits", "gptq", True, replace(BEST, bits=bits)) for bits in (4, 3, 2)),
+    ]
     return table + [("GPTQ 8 bits", "gptq", False, Scheme(8, -1, symmetric=True))]
+
+
+def _settings(method: str, scheme: Scheme) -> Row:
+    grid = scheme.grid if scheme.search else None
+    own = {"target": scheme.target, "sweeps": scheme.sweeps} if method == "gptq" else {"target": None, "sweeps": None}
+    return {"act_order": scheme.act_order, "search": scheme.search, "grid": grid} | own
 
 
 def bench_quantization(
@@ -96,7 +111,7 @@ def bench_quantization(
         ids = calibration if method == "gptq" else None
         job = partial(quantize, bases[is_rotated], method=method, scheme=scheme, calibration=ids)
         result, cost = _costs(job, lm.device)
-        how: Row = {"rotated": is_rotated, "act_order": scheme.act_order, "search": scheme.search}
+        how: Row = {"rotated": is_rotated} | _settings(method, scheme)
         add(result, name, method, scheme.bits, scheme.group_size, **how, **cost)
         timed |= {name: with_dtype(result)} if name in TIMED else {}
     reason = missing("gptqmodel") if peers else "not asked for"
@@ -158,13 +173,16 @@ def _quality_against(exact: LM, text: str, questions: list[Question]) -> Callabl
 
 
 def summary(rows: dict[str, Row]) -> dict[str, float | None]:
-    """The ratios that sum it up: the best 4- and 3-bit perplexity over fp32's, and GPTQ's increase over RTN's."""
+    """The ratios that sum it up: the best 4- and 3-bit perplexity over fp32's, GPTQ's increase over RTN's, and the best
+    2-bit log-perplexity above fp32's over rotated GPTQ's."""
     perplexities = {name: row["perplexity"] for name, row in rows.items()}
     exact, peer, ratios = perplexities["fp32"], perplexities.get("GPTQModel 4 bits"), dict[str, float | None]()
     for bits in (4, 3):
         own = [perplexities[name] for name, r in rows.items() if r["bits"] == bits and r["method"] in ("gptq", "rtn")]
         gptq, rtn = (perplexities[f"{method} {bits} bits"] - exact for method in ("GPTQ", "RTN"))
         ratios |= {f"best_{bits}bit_over_fp32": min(own) / exact, f"gptq_over_rtn_{bits}bit": gptq / rtn}
+    two = [perplexities[name] for name, row in rows.items() if row["bits"] == 2]
+    ratios["excess_2bit_over_gptq"] = math.log(min(two) / exact) / math.log(perplexities["rotated GPTQ 2 bits"] / exact)
     return ratios | {"perplexity_vs_gptqmodel": perplexities[OWN] / peer if peer else None}
 
 

@@ -99,6 +99,10 @@ class Grid:
     symmetric: Annotated[bool, Option("--symmetric", help="Zero points in the middle.")] = False
     act_order: Annotated[bool, Option(help="Columns with large activations first.")] = True
     static_groups: Annotated[bool, Option(help="With act-order, keep groups as runs of columns.")] = True
+    target: Annotated[str, Option(help="gptq, or gptaq or qronos, which make up for earlier layers' errors.")] = "gptq"
+    grid: Annotated[str, Option(help="How grids are searched: shrink, neuqi, or gptq (by GPTQ's own loss).")] = "shrink"
+    sweeps: Annotated[int, Option(help="Over GPTQ's codes, each behind a new fit of the scales.")] = 0
+    head_bits: Annotated[int | None, Option(help="Of the output head; by default it stays as it is.")] = None
 
 
 def quantize(

@@ -24,7 +24,7 @@ from llmlab.model.lm import LM
 from llmlab.model.selfcheck import Check, tell
 from llmlab.quantization.calibration import calibration_rows
 from llmlab.quantization.fit import check_quantizable
-from llmlab.quantization.gptq import Factor, gptq, relative_error
+from llmlab.quantization.gptq import Factor, gptq, with_losses
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.walk import Alone, Walk
 from llmlab.scoring.attention import tries_attend
@@ -218,11 +218,11 @@ class _Together(Alone):
 
     def solve(self, weight: torch.Tensor, factor: Factor, scheme: Scheme) -> Quantized:
         bounds = [len(weight) * i // self.rank.size for i in range(self.rank.size + 1)]
-        part = gptq(weight[bounds[self.rank.index] : bounds[self.rank.index + 1]], factor, scheme)
+        start, stop = bounds[self.rank.index : self.rank.index + 2]
+        part = gptq(weight[start:stop], factor.of_rows(start, stop), scheme)
         whole = [_gathered(t, bounds) for t in (part.codes, part.scales, part.zeros)]
         result = Quantized(whole[0], whole[1], whole[2], part.g_idx)
-        result.error = relative_error(weight.float(), result, factor.hessian)
-        return result
+        return with_losses(result, weight.float(), factor, scheme)
 
 
 def _gathered(part: torch.Tensor, bounds: list[int]) -> torch.Tensor:

@@ -24,6 +24,7 @@ class Quantized:
         g_idx: int32 [columns], the group of each input column.
         error: tr((W-Q) H (W-Q)^T) / tr(W H W^T), the relative squared error of the layer's outputs on the calibration
             text; NaN where no Hessian was given.
+        bound: what that is at most, by Babai's bound, if no weight is clipped; NaN likewise.
     """
 
     codes: torch.Tensor
@@ -31,6 +32,7 @@ class Quantized:
     zeros: torch.Tensor
     g_idx: torch.Tensor
     error: float = float("nan")
+    bound: float = float("nan")
 
     def dequantize(self) -> torch.Tensor:
         """fp32 [rows, columns]: s (q - z)."""

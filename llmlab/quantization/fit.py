@@ -12,6 +12,7 @@ from llmlab.kernels.fewops import shared_copy
 from llmlab.model.lm import LM, decoder_layers
 from llmlab.model.matrices import expert_names, matrices, matrix_of, split_experts
 from llmlab.quantization.grid import Scheme
+from llmlab.quantization.head import plain_head
 
 METHODS = ("gptq", "rtn")
 NOT_CALLED = "the layer's code does not call it"
@@ -29,8 +30,12 @@ def check_quantizable(lm: LM, scheme: Scheme, method: str) -> None:
     scheme.check()
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}.")
+    if method == "rtn" and scheme.target != "gptq":
+        raise InputError(f"the target {scheme.target!r} is GPTQ's: round-to-nearest has no inputs; choose method gptq.")
     if getattr(lm.model.config, "quantization_config", None) is not None:
         raise InputError(f"{lm.name} has no plain Linears ({lm.transformation}): quantize the original model.")
+    if scheme.head_bits is not None:
+        plain_head(lm, scheme)
     path, layers = decoder_layers(lm.model)
     names, packed, total = expert_names(lm.model), 0, 0
     left: dict[str, tuple[int, str]] = {}

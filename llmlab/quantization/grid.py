@@ -10,14 +10,18 @@ Round-to-nearest (RTN) stops there; GPTQ uses the same grids and chooses the q b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from llmlab.base.errors import InputError, NumericalError
 from llmlab.kernels.packing import BITS, Quantized
+from llmlab.quantization.neuqi import judged_by_gptq, neuqi
 
 SHRINKS = 24  # candidates of the grid search, from the full range of a group down to SMALLEST of it
 SMALLEST = 0.4
+TARGETS = ("gptq", "gptaq", "qronos")
+GRIDS = ("shrink", "neuqi", "gptq")
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,14 @@ class Scheme:
         act_order: GPTQ treats the columns with the largest activations first (`desc_act` in checkpoints).
         static_groups: with act_order, a group stays a run of neighbouring columns, so that kernels need no gather;
             its grid is found before GPTQ starts.
-        search: find each grid by a search over shrunken ranges (least error weighted by the activations) instead of
-            taking the range of the weights.
+        search: find each grid by a search instead of taking the range of the weights.
+        grid: how it is searched, where zero points are free (symmetric ones shrink). "shrink" tries shrunken ranges,
+            "neuqi" scales and for each its best zero point, both for the least error weighted by the activations;
+            "gptq" takes neuqi's grids and judges them by GPTQ's own loss.
+        target: what GPTQ's columns are rounded to: "gptq" keeps the outputs for the inputs that the quantized model
+            gives, "gptaq" and "qronos" those of the exact model (see `targets`).
+        sweeps: over the codes that GPTQ found, each behind a new fit of the scales to them (see `refine`).
+        head_bits: of the output head, which is rounded to nearest (see `head`); None leaves it as it is.
         damping: added to the Hessian's diagonal, as a share of its mean.
         at_least: share of the layers' weights that must be in matrices that can be packed; else it is refused.
     """
@@ -43,6 +53,10 @@ class Scheme:
     act_order: bool = True
     static_groups: bool = True
     search: bool = True
+    grid: Literal["shrink", "neuqi", "gptq"] = "shrink"
+    target: Literal["gptq", "gptaq", "qronos"] = "gptq"
+    sweeps: int = 0
+    head_bits: int | None = None
     damping: float = 0.01
     at_least: float = 0.9
 
@@ -57,10 +71,16 @@ class Scheme:
 
     def check(self) -> None:
         """Raise InputError for settings that make no sense."""
-        if self.bits not in BITS:
-            raise InputError(f"{self.bits} bits: choose one of {', '.join(map(str, BITS))}.")
+        for bits in (self.bits, self.bits if self.head_bits is None else self.head_bits):
+            if bits not in BITS:
+                raise InputError(f"{bits} bits: choose one of {', '.join(map(str, BITS))}.")
         if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
             raise InputError(f"group size {self.group_size}: choose -1 (a whole row) or a multiple of 8 such as 64.")
+        for what, name, names in (("grid", self.grid, GRIDS), ("target", self.target, TARGETS)):
+            if name not in names:
+                raise InputError(f"unknown {what} {name!r}: choose one of {', '.join(names)}.")
+        if self.sweeps < 0:
+            raise InputError(f"{self.sweeps} sweeps: give 0 or a positive number.")
         if not 0 < self.damping < 1:
             raise InputError(f"damping {self.damping}: choose a share between 0 and 1, such as 0.01.")
 
@@ -75,7 +95,10 @@ class Scheme:
 
 
 def find_grid(
-    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None
+    weight: torch.Tensor,
+    scheme: Scheme,
+    importance: torch.Tensor | None = None,
+    upper: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of each row.
 
@@ -84,10 +107,16 @@ def find_grid(
         scheme: bits, symmetry, search.
         importance: [columns] or [..., columns], weight of each squared error in the search: the mean squared activation
             of the column. Uniform by default.
+        upper: of the factor of the columns of weight [rows, columns], for the grid "gptq"; without it that is "neuqi".
 
     Returns:
         (scales, zeros), fp32 [...]: scales as fp16 can hold them, zeros whole numbers in 1 .. 2^bits - 1.
     """
+    importance = torch.ones_like(weight[..., :1]) if importance is None else importance
+    if scheme.search and scheme.grid != "shrink" and not scheme.symmetric:
+        if scheme.grid == "neuqi" or upper is None:
+            return neuqi(weight, scheme.levels, importance)
+        return judged_by_gptq(weight, scheme.levels, importance, upper)
     low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)  # zero is always a level
     if scheme.symmetric:
         high = torch.maximum(high, -low)
@@ -95,7 +124,6 @@ def find_grid(
     best = _grid(low, high, scheme)
     if not scheme.search:
         return best
-    importance = torch.ones_like(weight[..., :1]) if importance is None else importance
     least = torch.full_like(low, float("inf"))
     for step in range(SHRINKS):
         shrink = 1 - step * (1 - SMALLEST) / SHRINKS

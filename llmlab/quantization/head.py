@@ -36,18 +36,12 @@ def quantize_head(lm: LM, bits: int = 8, group_size: int = 64) -> LM:
 
     Raises InputError for a model that is not quantized, a head that is packed already or cannot be packed like this.
     """
-    scheme = Scheme(bits, group_size)
-    scheme.check()
-    head, settings = lm.model.get_output_embeddings(), getattr(lm.model.config, "quantization_config", None)
+    settings = getattr(lm.model.config, "quantization_config", None)
     if not isinstance(settings, dict):
         raise InputError(f"{lm.name} is not quantized: quantize its layers first.")
-    if type(head) is not torch.nn.Linear:
-        raise InputError(f"{lm.name} has a {type(head).__name__} as its output head: only a plain Linear is packed.")
-    columns, rows = head.in_features, head.out_features
-    if columns % scheme.columns_per_group(columns) or columns * bits % 32 or rows * bits % 32:
-        raise InputError(
-            f"an output head of {rows} x {columns} cannot be packed at {bits} bits in groups of {group_size}."
-        )
+    scheme = Scheme(bits, group_size)
+    scheme.check()
+    head = plain_head(lm, scheme)
     model = cast("PreTrainedModel", shared_copy(lm.model))
     name = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     packed = QuantLinear.pack(rtn(head.weight.float(), scheme), bits, head.bias)
@@ -59,3 +53,13 @@ def quantize_head(lm: LM, bits: int = 8, group_size: int = 64) -> LM:
     model.config.quantization_config = settings | {"lm_head": True, "dynamic": dynamic}
     prepare(model, model.dtype)
     return replace(lm, model=model, transformation=f"{lm.transformation}, head {bits} bits")
+
+
+def plain_head(lm: LM, scheme: Scheme) -> torch.nn.Linear:
+    """The output head of a model; raises InputError where it cannot be packed like this."""
+    head = lm.model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear:
+        raise InputError(f"{lm.name} has a {type(head).__name__} as its output head: only a plain Linear is packed.")
+    if reason := scheme.misfit(head.out_features, head.in_features):
+        raise InputError(f"the output head of {lm.name} is {reason}.")
+    return head

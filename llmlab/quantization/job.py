@@ -57,7 +57,8 @@ def quantize_to(
     check_quantizable(lm, scheme, solver)
     calibration = calibration_rows(lm, text, rows=rows) if solver == "gptq" else None
     tokens = 0 if calibration is None else calibration.numel()
-    needed = memory_needed(lm.card, scheme, tokens, dtype, device=lm.device.type, loaded=True)
+    exact = scheme.target != "gptq"
+    needed = memory_needed(lm.card, scheme, tokens, dtype, device=lm.device.type, exact=exact, loaded=True)
     check_memory(name, needed, lm.device)
     if solver != method:
         lm, read_layer = rotate(lm, read_layer=read_layer)

@@ -12,13 +12,15 @@ from llmlab.quantization.fit import in_short
 
 
 class LinearReport(TypedDict):
-    """What became of one matrix: relative output `error` on the calibration text (NaN for RTN), `damping` needed, and
-    the calibration `tokens` that came to it (an expert gets those that are routed to it)."""
+    """What became of one matrix: relative output `error` on the calibration text (NaN for RTN), Babai's `bound` on it
+    if no weight is clipped, `damping` needed, and the calibration `tokens` that came to it (an expert gets those that
+    are routed to it)."""
 
     name: str
     rows: int
     columns: int
     error: float
+    bound: float
     damping: float
     seconds: float
     tokens: int

@@ -3,6 +3,9 @@
 All calibration rows go through a layer at once. When they reach a Linear, a hook that runs before it sees every input
 it will ever get, so the Linear is solved there and then, and the rows go on through its *quantized* weights. One pass
 a layer gives what the reference implementation calls `true_sequential`.
+
+Where the target asks what the exact model's inputs are, its rows go beside them, through each layer before it is
+quantized: a second pass a layer, and the inputs of its Linears are held until those are solved.
 """
 
 from __future__ import annotations
@@ -25,11 +28,14 @@ from llmlab.kernels.plain import fastest_matmuls
 from llmlab.model.layerwise import ReadLayer
 from llmlab.model.lm import LM, decoder_layers
 from llmlab.model.matrices import Experts, expert_names, matrix_of, set_matrix, split_experts, stored_names
+from llmlab.quantization.beside import Beside
 from llmlab.quantization.calibration import calibration_rows, layer_calls
 from llmlab.quantization.finished import FinishedLayers
 from llmlab.quantization.fit import NOT_CALLED, check_quantizable, fitting
 from llmlab.quantization.gptq import Factor, Hessian, factorize, gptq
 from llmlab.quantization.grid import Scheme, rtn
+from llmlab.quantization.head import quantize_head
+from llmlab.quantization.memory import check_memory, memory_needed
 from llmlab.quantization.report import Report
 from llmlab.quantization.settings import quant_config
 
@@ -51,7 +57,7 @@ def quantize(
     report and the checkpoint's settings name them, and where they hold more than a tenth of the layers' weights
     (`Scheme.at_least`) the model is refused. Needs memory for one decoder layer in fp32, the packed
     layers, and the activations of all calibration rows in one layer: about 4 bytes x tokens x (5 hidden + 4 MLP
-    widths).
+    widths); with a target that looks at the exact model's inputs, 4 bytes x tokens x (7 hidden + 1 MLP width) more.
 
     Args:
         lm: a model in fp32 (best) or half precision; it is not changed.
@@ -73,6 +79,9 @@ def quantize(
         calibration = None
     elif not isinstance(calibration, torch.Tensor):
         calibration = calibration_rows(lm, wikitext("valid") if calibration is None else calibration)
+    tokens, exact = 0 if calibration is None else calibration.numel(), scheme.target != "gptq"
+    needed = memory_needed(lm.card, scheme, tokens, lm.dtype, device=lm.device.type, exact=exact, loaded=True)
+    check_memory(lm.name, needed, lm.device)
     report = Report() if report is None else report
     return Walk(lm, scheme, method, calibration, report).run()
 
@@ -109,6 +118,7 @@ class Walk:
     read_layer: ReadLayer | None = None
     keep: Path | None = None
     workers: Alone = field(default_factory=Alone)
+    beside: Beside | None = field(default=None, init=False)  # the exact model, if the target asks for it
     # The last Hessian's inputs, how many tokens they are over all workers, and its factor.
     last: tuple[torch.Tensor, int, Factor | None] | None = field(default=None, init=False)
 
@@ -127,6 +137,8 @@ class Walk:
                 layer = self.read_layer(index) if self.read_layer else copy.deepcopy(layers[index])
                 split_experts(layer, names)
                 fits, kept = fitting(layer, self.scheme)
+                if self.beside:
+                    self.beside.pass_through(layer, self.calls[index], fits)
                 if finished and finished.has(index):
                     finished.read(index, layer, bits)
                     self._pass_through(layer, index)
@@ -139,18 +151,22 @@ class Walk:
                 done.append(layer)
                 if self.rows is not None and self.report.linears:
                     last = self.report.linears[-1]
-                    bar.set_postfix_str(f"{last['name'].split('.')[-1]} error {last['error']:.1e}", refresh=False)
+                    lost = f"error {last['error']:.1e}, bound {last['bound']:.1e}"
+                    bar.set_postfix_str(f"{last['name'].split('.')[-1]} {lost}", refresh=False)
                 bar.update(1)
         # Everything but the layers is copied from the original.
         model = copy.deepcopy(lm.model, {id(layers): done})
         kept_names = map(stored_names(model), self.report.kept)
-        model.config.quantization_config = quant_config(self.scheme, self.method, kept_names)
+        method = self.scheme.target if self.method == "gptq" else self.method
+        model.config.quantization_config = quant_config(self.scheme, method, kept_names)
         prepare(model, lm.model.dtype)
         self.report.seconds += time.perf_counter() - begin
         self.report.warn()
-        how = f"{self.method} {bits} bits, group {self.scheme.group_size}{', mixed' if self.report.kept else ''}"
+        how = f"{method} {bits} bits, group {self.scheme.group_size}{', mixed' if self.report.kept else ''}"
         how = how if lm.transformation == "none" else f"{lm.transformation}, {how}"
-        return LM(model.requires_grad_(False), lm.tokenizer, lm.card, lm.name, lm.revision, how)
+        quantized = LM(model.requires_grad_(False), lm.tokenizer, lm.card, lm.name, lm.revision, how)
+        head_bits = self.scheme.head_bits
+        return quantized if head_bits is None else quantize_head(quantized, head_bits, self.scheme.group_size)
 
     def _start(self, rows: torch.Tensor) -> None:
         total = torch.tensor(rows.numel(), device=self.lm.device)
@@ -163,6 +179,7 @@ class Walk:
                 stacklevel=5,
             )
         self.hidden_states, self.calls = layer_calls(self.lm, rows)
+        self.beside = None if self.scheme.target == "gptq" else Beside(self.hidden_states)
 
     def _pass_through(self, layer: torch.nn.Module, index: int) -> None:
         """All rows through a layer, if there are rows."""
@@ -184,7 +201,8 @@ class Walk:
             if name in packed:  # called a second time: its weights are on the grid already
                 return
             try:
-                packed[name] = self._solve(f"{layer_name}.{name}", linears[name], inputs)
+                off = self.beside.off(name, inputs) if self.beside else []
+                packed[name] = self._solve(f"{layer_name}.{name}", linears[name], inputs, off)
             except NumericalError as error:
                 raise NumericalError(f"{layer_name}.{name}: {error}") from None
 
@@ -195,6 +213,7 @@ class Walk:
             linear.register_forward_pre_hook(lambda _, args, name=name: solve(name, args[0]))
             for name, linear in linears.items()
         ]
+        hooks += self.beside.watch(self.hidden_states, linears) if self.beside else []
         try:
             for module in experts:
                 module.visit_all = True
@@ -209,10 +228,12 @@ class Walk:
             layer.set_submodule(name, quant_linear)
         return dict.fromkeys(linears.keys() - packed.keys(), NOT_CALLED)
 
-    def _solve(self, name: str, linear: torch.nn.Linear, inputs: torch.Tensor | None) -> QuantLinear:
-        """One Linear, by GPTQ for these inputs, or by rounding; notes what it lost."""
+    def _solve(
+        self, name: str, linear: torch.nn.Linear, inputs: torch.Tensor | None, off: list[torch.Tensor]
+    ) -> QuantLinear:
+        """One Linear, by GPTQ for these inputs, `off` the exact model's, or by rounding; notes what it lost."""
         begin, damping, weight = time.perf_counter(), 0.0, matrix_of(linear)
-        tokens, factor = (0, None) if inputs is None else self._factor(inputs)
+        tokens, factor = (0, None) if inputs is None else self._factor(inputs, off)
         if factor is None:
             quantized = rtn(weight, self.scheme)
         else:
@@ -221,23 +242,24 @@ class Walk:
         rows, columns = quantized.codes.shape
         seconds = time.perf_counter() - begin
         self.report.linears.append(
-            {"name": name, "rows": rows, "columns": columns, "error": quantized.error, "damping": damping,
-             "seconds": seconds, "tokens": tokens}
+            {"name": name, "rows": rows, "columns": columns, "error": quantized.error, "bound": quantized.bound,
+             "damping": damping, "seconds": seconds, "tokens": tokens}
         )  # fmt: skip
         return QuantLinear.pack(quantized, self.scheme.bits, linear.bias)
 
-    def _factor(self, inputs: torch.Tensor) -> tuple[int, Factor | None]:
+    def _factor(self, inputs: torch.Tensor, off: list[torch.Tensor]) -> tuple[int, Factor | None]:
         """How many tokens there are, and the factor of their Hessian (None if there are none).
 
         q, k and v read the same inputs and share it.
         """
         if self.last is None or self.last[0] is not inputs:
             hessian = Hessian(inputs.shape[-1], inputs.device)
-            hessian.add(inputs)
-            self.workers.add_up(hessian.total)
-            self.workers.add_up(hessian.tokens)
+            hessian.add(inputs, off)
+            for total in hessian.sums():
+                self.workers.add_up(total)
             tokens = int(hessian.tokens)
-            self.last = inputs, tokens, factorize(hessian.matrix(), self.scheme) if tokens else None
+            factor = factorize(hessian.matrix(), self.scheme, hessian.drift()) if tokens else None
+            self.last = inputs, tokens, factor
         return self.last[1:]
 
     def _identity(self) -> dict[str, object]:
