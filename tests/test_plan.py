@@ -15,10 +15,26 @@ def test_opt_30b_needs_two_gpus_in_fp16_and_one_at_four_bits():
     half = plan(card, devices=4, memory="32GiB")
     by_name = {layout.name: layout for layout in half.layouts}
     assert not by_name["data 4"].fits
-    assert "needs 59.8 GiB a device, has 32.0" in by_name["data 4"].problem
+    assert "needs 60.0 GiB a device, has 32.0" in by_name["data 4"].problem
     assert by_name["tensor 4"].fits
     assert half.best.data == 2
     assert plan(card, devices=4, memory="32GiB", bits=4).best.name == "data 4"
+
+
+def test_activations_are_those_of_a_layer_or_of_the_logits():
+    """Against what `make gpu-dry` finds for passes of 4,096 nodes, within 5 %."""
+    for model, bits, name, found in (
+        ("llama-30b", 16, "pipeline 4", 0.76e9),
+        ("llama-30b", 16, "tensor 4", 0.45e9),
+        ("llama-30b", 16, "tensor 2 x pipeline 2", 0.63e9),
+        ("llama-30b", 4, "data 4", 0.73e9),
+        ("opt-30b", 16, "pipeline 4", 0.82e9),
+        ("opt-30b", 16, "tensor 4", 0.67e9),
+        ("opt-30b", 4, "data 4", 0.91e9),
+    ):
+        layouts = plan(model_card(model), devices=4, bits=bits, batch=8, context=512).layouts
+        layout = next(layout for layout in layouts if layout.name == name)
+        assert layout.activations == pytest.approx(found, rel=0.05), (model, name)
 
 
 def test_every_layout_uses_all_devices_once():
@@ -46,7 +62,8 @@ def test_stages_are_those_that_ranks_load(model, stages):
     card = model_card(model)
     bounds = layers_of(card, stages)
     layer = card.linear_parameters / card.layers
-    layout = {x.name: x for x in plan(card, devices=stages, memory="80GiB").layouts}[f"pipeline {stages}"]
+    layouts = plan(card, devices=stages, memory="80GiB", context=1).layouts  # weights alone decide which is the fullest
+    layout = next(layout for layout in layouts if layout.pipeline == stages)
     embedding = card.parameters - card.linear_parameters - (0 if card.tied else card.head_parameters)
     held = [2 * layer * (end - first) for first, end in bounds]
     held[0] += 2 * embedding

@@ -8,7 +8,6 @@ from llmlab.sharding.cuts import Cuts
 from llmlab.sharding.pipeline import ASKED, layers_of
 
 SOFTMAX = 1024  # rows of logits that scoring takes in fp32 at once on a GPU
-IN_LAYER, IN_STAGE = 4, 2  # hidden states beside a layer's own: see `_activations`
 ROTATED = 7  # of the width of all heads: queries, keys, values, and what rotating the first two makes meanwhile
 
 
@@ -39,15 +38,18 @@ def _activations(card: ModelCard, cuts: Cuts, bits: int, tokens: int, last: bool
     """A pass over `tokens` at its widest point, 2 bytes a number: a layer, or the output head on the last stage.
 
     A layer has the MLP's tensors, or what attention makes of queries and keys; beside it stand the embeddings, the
-    layer's input, the residual stream and its norm, and on a stage what came in and what comes in for the next pass. Of
-    packed weights the largest matrix is unpacked while one of the MLP's tensors is not there yet.
+    layer's input, the residual stream and its norm. Of packed weights the largest matrix is unpacked while one of the
+    MLP's tensors is not there yet. A stage keeps what came in, and has what comes in for the next pass.
     """
-    hidden, mlp = card.hidden_size, card.intermediate_size / cuts.tensor
+    stream, mlp = 2 * tokens * card.hidden_size, card.intermediate_size / cuts.tensor
     inner = max((1 + min(2, round(matrices_into_mlp(card)))) * mlp, ROTATED * card.heads * card.head_dim / cuts.tensor)
-    layer = 2 * tokens * ((IN_LAYER + (IN_STAGE if cuts.pipeline > 1 else 0)) * hidden + inner)
+    widest = 4 * stream + 2 * tokens * inner
     if bits < 16:
-        layer += max(0.0, 2 * (hidden - tokens) * mlp)
-    asked = ASKED * tokens
-    scored = 2 * asked + 2 * 4 * min(asked, SOFTMAX)  # bytes a token of the vocabulary; fp32 logits and their soft-max
-    gathered = 4 * asked * (1 + 1 / cuts.tensor) if cuts.tensor > 1 else 0.0  # the ranks' parts, and side by side
-    return round(max(layer, card.vocab_size * max(scored, gathered) if last else 0.0))
+        widest += max(0.0, 2 * (card.hidden_size - tokens) * mlp)
+    if last:
+        asked = ASKED * tokens
+        logits = 2 * asked * card.vocab_size
+        scored = logits + 2 * 4 * min(asked, SOFTMAX) * card.vocab_size  # in fp32, and their soft-max
+        gathered = 2 * logits * (1 + 1 / cuts.tensor) + stream if cuts.tensor > 1 else 0.0  # parts, and side by side
+        widest = max(widest, scored, gathered)
+    return round(widest + (2 * stream if cuts.pipeline > 1 else 0))
