@@ -86,7 +86,7 @@ class Given:
             return self.lm
         model = shared_copy(self.lm.model)
         path, stack = decoder_layers(model)
-        config = copy.copy(model.config)
+        config = copy.copy(self.lm.model.config)
         config.num_hidden_layers = LAYERS
         for module in model.modules():
             if hasattr(module, "config"):
