@@ -111,7 +111,7 @@ $(DRY)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 gpu-dry: $(DRY)/.installed  ## no GPU: its code walked at full size on fake tensors: wrong devices, waits, launches, memory
-	@echo "== llmlab: walking every rank of LLaMA-30B and OPT-30B on four cards that are not there (20 minutes on 2 cores)"
+	@echo "== llmlab: walking every rank of LLaMA-30B and OPT-30B on four cards that are not there (about 7 minutes of one core)"
 	@$(DRY)/bin/python -m pytest tests/test_gpu_dry.py tests/test_triton.py
 	@CUDA_VISIBLE_DEVICES= $(DRY)/bin/python tests/gpu_dry/ranks.py
 

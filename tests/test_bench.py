@@ -181,7 +181,7 @@ def test_a_bill_is_measured_or_projected_and_says_which(monkeypatch):
     assert "projected from this job's 4 questions/s" in str(many)
     unread = Energy(None, 0.0, "no RAPL")
     assert bills(job, unread, cpu)[0].kwh == pytest.approx(8 * 5 * 36 / 3.6e6)
-    assert "projected: 8 cores at work, 5 W each; no counter: no RAPL" in str(bills(job, unread, cpu)[0])
+    assert "projected: 8 cores at work, 5 W each (assumed); no counter: no RAPL" in str(bills(job, unread, cpu)[0])
     four = bills(job, unread, gpu, devices=4, price=3.0)[0]
     assert four.kwh is None and "kWh unknown" in str(four)
     assert four.money == pytest.approx(4 * 3 * 36 / 3600)

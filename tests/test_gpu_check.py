@@ -9,7 +9,7 @@ import torch
 from llmlab.base.errors import InputError
 from llmlab.bench.gpu_check import check, exact, software
 from llmlab.bench.gpu_check.check import STEPS, gpu_check
-from llmlab.bench.gpu_check.given import Finding, Given, Step
+from llmlab.bench.gpu_check.given import LAYERS, Finding, Given, Step
 from llmlab.cli.main import main
 from llmlab.kernels.cuda import nvidia
 from llmlab.kernels.packed_linear import QuantLinear
@@ -110,6 +110,17 @@ def test_codes_that_are_not_gptqs_are_found(smollm2, monkeypatch):
     assert exact.quantizing(given).passed
     monkeypatch.setattr(exact, "gptq", lambda weight, factor, scheme: rtn(weight, scheme))
     assert exact.quantizing(given).passed is False
+
+
+def test_what_decodes_on_a_cpu_is_the_models_first_layers(smollm2):
+    given = Given(torch.device("cpu"), 1)
+    given.lm = smollm2
+    ids = torch.tensor([smollm2.encode("one two three")])
+    with torch.inference_mode():
+        states = smollm2.model(ids, output_hidden_states=True).hidden_states[LAYERS]
+        right = smollm2.model.lm_head(smollm2.model.model.norm(states))
+        torch.testing.assert_close(given.writer.model(ids).logits, right)
+    assert len(smollm2.model.model.layers) == smollm2.model.config.num_hidden_layers == 30
 
 
 def test_operations_are_counted():

@@ -148,6 +148,13 @@ def test_a_rank_holds_its_part_and_one_tensor_at_a_time(four, smollm2):
         assert peak is None or peak <= 1.1 * (part + biggest) + 64 * 2**20  # and what importing a tokenizer takes
 
 
+def test_what_a_job_needs_is_checked_once(four, tiny_folders):
+    folder, cuts = str(tiny_folders["llama"]), Cuts(1, 2, 2)
+    job = four.job(folder, cuts, "fp32")
+    assert four.job(folder, cuts, "fp32") is job
+    assert four.job(folder, cuts, "bf16") != job != four.job(folder, Cuts(2, 1, 2), "fp32")
+
+
 def test_a_shape_without_files_is_cut_like_a_model(four):
     card = llmlab.model_card("opt-125m", dtype="fp32")
     parts = [part for part, _, _ in four.run(rank_jobs.shard_sizes, "random:opt-125m", Cuts(tensor=2, pipeline=2))]

@@ -44,7 +44,7 @@ def bills(
     if joules is None and device.type == "cpu":
         cores, watts = torch.get_num_threads(), float(DEVICES["cpu"]["tdp"])
         joules = cores * watts * seconds
-        source = f"projected: {cores} cores at work, {watts:g} W each; no counter: {energy.source}"
+        source = f"projected: {cores} cores at work, {watts:g} W each (assumed); no counter: {energy.source}"
     elif joules is None:
         source = energy.source
     counted = devices if device.type == "cuda" else 1

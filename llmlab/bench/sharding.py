@@ -28,13 +28,12 @@ from llmlab.model.load import model_card
 from llmlab.scoring.paired import paired
 from llmlab.scoring.score import ScoreResult
 from llmlab.sharding.cuts import Cuts, all_cuts
-from llmlab.sharding.pipeline import stage_layers
+from llmlab.sharding.pipeline import layers_of
 from llmlab.sharding.plan import plan
 from llmlab.sharding.rank import Rank
 from llmlab.sharding.timeline import Task, Timeline, simulate, tasks
 
 MATRICES = 2**28  # bytes of what all-reduces are timed between: more than caches hold, little beside a model's part
-ASKED = 0.6  # of a trie's nodes ask the output head; as in `load_shard`
 Runs = list[list[ScoredPart]]  # of each run, what each rank reported
 
 
@@ -66,7 +65,7 @@ class RankTimes:
 
         queue: list[Task] = []
         for replica, passes in enumerate(nodes):
-            work = [[seconds(n, first, end) for first, end in _bounds(card, cuts.pipeline)] for n in passes]
+            work = [[seconds(n, first, end) for first, end in layers_of(card, cuts.pipeline)] for n in passes]
             for way in range(cuts.tensor):
                 offset = len(queue)
                 for task in tasks(work, schedule):
@@ -165,10 +164,6 @@ def _nodes(parts: list[ScoredPart], cuts: Cuts) -> list[list[int]]:
     return [part.nodes for part in parts[:: cuts.pipeline * cuts.tensor]]
 
 
-def _bounds(card: ModelCard, stages: int) -> list[tuple[int, int]]:
-    return stage_layers(card.layers, stages, ASKED * card.head_parameters / (card.linear_parameters / card.layers))
-
-
 def _measured_times(
     score: Callable[[list[Question], Cuts], list[ScoredPart]],
     questions: list[Question],
@@ -178,7 +173,7 @@ def _measured_times(
 ) -> RankTimes:
     """Lines through the naive schedule's times, and what cores and links do in the layouts that fit."""
     size = fitting[0].ranks
-    bounds, nodes = _bounds(card, size), np.array(naive[0][0].nodes, dtype=float)
+    bounds, nodes = layers_of(card, size), np.array(naive[0][0].nodes, dtype=float)
     # [stages][passes], the median over the runs
     seconds = np.median([[[e - s for s, e in part.busy] for part in parts] for parts in naive], axis=0)
     inner = sum(end - first for first, end in bounds[:-1]) or 1

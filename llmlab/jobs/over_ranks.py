@@ -52,6 +52,7 @@ class RankGroup:
         self.group = group
         self.size, self.device, self.rank = group.size, group.device, group.index
         self.run = group.run
+        self._jobs: dict[tuple[object, ...], Job] = {}
 
     def __enter__(self) -> RankGroup:
         return self
@@ -181,12 +182,15 @@ class RankGroup:
         Raises InputError if it does not fit them, or its family cannot be cut so.
         """
         dtype = check_dtype(dtype, torch.device(self.device))
-        check_layout(model, cuts, self.size, layers)
-        small = small_model(model, layers)
-        trie_check(small)
-        with warnings.catch_warnings(action="ignore"):  # a rank that decodes says it of the model
-            engine_for(small)
-        return Job(model, cuts, dtype, outcomes(small), layers)
+        key = (model, cuts, dtype, layers)  # as ranks keep its parts
+        if key not in self._jobs:
+            check_layout(model, cuts, self.size, layers)
+            small = small_model(model, layers)
+            trie_check(small)
+            with warnings.catch_warnings(action="ignore"):  # a rank that decodes says it of the model
+                engine_for(small)
+            self._jobs[key] = Job(model, cuts, dtype, outcomes(small), layers)
+        return self._jobs[key]
 
 
 def gather_scores(

@@ -54,14 +54,27 @@ class Slots(Sight):
     ) -> torch.Tensor:
         """One call. KV heads are repeated: with a mask and grouped heads torch would fall back to its math kernel."""
         mask, tries = self.under(rule), len(self.tries)
-        q, k, v = (x.view(x.shape[1], tries, self.length, -1).transpose(0, 1) for x in (query, key, value))
-        if asked.softcap is not None or asked.sinks is not None:
-            output = matmul_attention(q, k, v, mask, asked)
-        else:
-            if (groups := q.shape[1] // k.shape[1]) > 1:
-                k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        plain = asked.softcap is None and asked.sinks is None
+        keys, values = repeated(key[0], value[0], query.shape[1] // key.shape[1] if plain else 1)
+        q, k, v = (x.view(len(x), tries, self.length, -1).transpose(0, 1) for x in (query[0], keys, values))
+        if plain:
             output = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=asked.scale)
+        else:
+            output = matmul_attention(q, k, v, mask, asked)
         return output.transpose(1, 2).flatten(0, 1)[None]
+
+
+def repeated(key: torch.Tensor, value: torch.Tensor, groups: int) -> list[torch.Tensor]:
+    """Keys and values [KV heads, N, d], each head `groups` times: [heads, N, d].
+
+    Together by one kernel: on a GPU torch's `cat` has it for inputs of up to four dimensions, whatever their strides.
+    """
+    if groups == 1:
+        return [key, value]
+    wide = [x[:, None].expand(-1, groups, -1, -1) for x in (key, value)]
+    if key.shape == value.shape:
+        return [x.flatten(0, 1) for x in torch.cat(wide).chunk(2)]
+    return [x.flatten(0, 1) for x in wide]
 
 
 class Flex(Sight):

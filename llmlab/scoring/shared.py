@@ -289,6 +289,7 @@ def _terms(batch: Batch, logits: Iterable[torch.Tensor]) -> tuple[list[float], l
             predictions = few.float().log_softmax(dim=-1)  # [rows, vocabulary]
             values[here] = predictions[row, batch.targets[here]]
             greedy[here] = (values[here] == predictions.amax(dim=-1)[row]).float()
+            del predictions  # as large as what the next rows need
         first += len(few)
     log_probs, most_probable = terms.tolist()
     return log_probs, list(map(bool, most_probable))

@@ -33,8 +33,9 @@ class Device:
         bandwidth: bytes/s of the memory.
         link, pair: bytes/s one way, over all links of a device together (rings use them all), and to one other device.
         latency: seconds a message.
-        idle, tdp: watts without work and at full work.
-        source: of all this.
+        idle, tdp: watts while it waits and at full work.
+        idle_source: of the first, which no data sheet states.
+        source: of all else.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Device:
     latency: float
     idle: float
     tdp: float
+    idle_source: str
     source: str
 
 
@@ -77,8 +79,8 @@ class Kernels:
     scores: float = 0.0
 
 
-FUSED = Kernels("attention and norms of one kernel each", 25, 36, 5)
-FAMILY = Kernels("transformers' own norms", 39, 68, 5)
+FUSED = Kernels("attention and norms of one kernel each", 24, 34, 5)
+FAMILY = Kernels("transformers' own norms", 38, 66, 5)
 EAGER = Kernels("transformers' eager attention and norms", 44, 68, 5, 12)
 
 
@@ -111,12 +113,18 @@ def wave_efficiency(rows: float, columns: float, sms: int) -> float:
     return rows * columns / (min(waves) * sms)
 
 
+def matrices_into_mlp(card: ModelCard) -> float:
+    """How many there are: two where it has a gate."""
+    attention = 2 * card.hidden_size * (card.heads + card.kv_heads) * card.head_dim
+    rest = card.active_parameters / card.layers - attention
+    return max(0.0, rest / (card.hidden_size * card.intermediate_size) - 1)
+
+
 def _efficiency(card: ModelCard, on: Device, rows: float, tensor: int) -> float:
     """The same of a layer's matmuls together: FLOPs over what the time of all their waves could have done."""
     hidden, mlp = card.hidden_size, card.intermediate_size / tensor
     query, key = card.heads * card.head_dim / tensor, card.kv_heads * card.head_dim / tensor
     attention = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
-    rest = card.active_parameters / card.layers / tensor - sum(k * n for k, n in attention)
-    into = max(0.0, rest / (hidden * mlp) - 1)  # matrices into the MLP: two where it has a gate
+    into = matrices_into_mlp(card)
     work = [(k * n, n) for k, n in attention] + [(into * hidden * mlp, mlp), (mlp * hidden, hidden)]
     return sum(w for w, _ in work) / sum(w / wave_efficiency(rows, n, on.sms) for w, n in work)

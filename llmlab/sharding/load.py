@@ -24,7 +24,7 @@ from llmlab.sharding import tensor
 from llmlab.sharding.assemble import Place, assemble
 from llmlab.sharding.cuts import Cuts
 from llmlab.sharding.peers import RankPeers
-from llmlab.sharding.pipeline import Stage, stage_layers
+from llmlab.sharding.pipeline import Stage, layers_of
 from llmlab.sharding.rank import Rank
 from llmlab.sharding.rehearsal import random_model, rehearse, small_copy
 from llmlab.sharding.tensor import Cut
@@ -154,12 +154,6 @@ def _place(rank: Rank, cuts: Cuts, card: ModelCard, unit: int) -> Place:
     stages = RankPeers(rank.join(grid.transpose(1, 2).reshape(-1, cuts.pipeline).tolist()))
     parts = RankPeers(rank.join(grid.reshape(-1, cuts.tensor).tolist()))
     return Place(data, Stage(stages), layers_of(card, cuts.pipeline)[index], Cut(part, cuts.tensor, unit), parts)
-
-
-def layers_of(card: ModelCard, stages: int) -> list[tuple[int, int]]:
-    """First and end layer of each stage; the output head, which 0.6 of a trie's nodes ask, weighs on the last one."""
-    head = card.head_parameters / (card.linear_parameters / card.layers)
-    return stage_layers(card.layers, stages, 0.6 * head)
 
 
 class RandomTensors(Tensors):

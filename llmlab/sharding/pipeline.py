@@ -26,7 +26,10 @@ from llmlab.sharding.peers import Peers, Wait
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from llmlab.model.card import ModelCard
+
 IN_FLIGHT = 2  # sends that are not waited for
+ASKED = 0.6  # of a trie's nodes ask the output head
 Batch = dict[str, Any]  # keyword arguments of a model's forward pass, `input_ids` and `logits_to_keep` among them
 
 
@@ -84,6 +87,11 @@ def stage_layers(layers: int, stages: int, head: float = 0.0) -> list[tuple[int,
         if slowest < cost and (stages > 1 or rest == 0):
             best, cost = bounds, slowest
     return best
+
+
+def layers_of(card: ModelCard, stages: int) -> list[tuple[int, int]]:
+    """The `stage_layers` of a model: what ranks load and what the planner counts."""
+    return stage_layers(card.layers, stages, ASKED * card.head_parameters / (card.linear_parameters / card.layers))
 
 
 class NoEmbedding(torch.nn.Module):

@@ -13,6 +13,7 @@ from llmlab.model.card import ModelCard
 from llmlab.sharding.costs import LAUNCH, STREAM, Device
 from llmlab.sharding.costs import device as find_device
 from llmlab.sharding.cuts import Cuts, all_cuts
+from llmlab.sharding.memory import fullest
 from llmlab.sharding.predict import MOST_DEVICES, NETWORK_LATENCY, Nodes, Prediction, Workload, predict
 from llmlab.sharding.predict import workload as find_workload
 from llmlab.sharding.tensor import plan_of
@@ -144,10 +145,10 @@ def plan(
 ) -> Plan:
     """Enumerate every layout and what its fullest device must hold.
 
-    Memory of a device = weights of its stage + KV cache + activations of the layer at work + 1 GiB reserve:
+    Memory of a device = weights of its stage + KV cache + activations of a pass at its widest point + 1 GiB reserve:
     weights are cut `tensor` ways and in whole layers over `pipeline` stages, embedding on the first stage and head on
-    the last; the KV cache is cut the same way; activations count the residual stream, queries, keys, values and the
-    MLP's two widest tensors of `batch` x `context` tokens in 2 bytes each.
+    the last; the KV cache is cut the same way; activations are those of `batch` x `context` tokens in a layer, or of
+    the logits that scoring asks of them (see `memory`).
 
     Usable layouts come first. With a device and a workload they are ordered by predicted seconds (see `predict`); else
     by communication: replicas need none, a pipeline sends hidden states between stages, tensor parallelism reduces them
@@ -230,7 +231,7 @@ def assumptions(on: Device, job: Workload, devices: int, nodes: Nodes, price: fl
     link = f"links {on.link / 1e9:g} GB/s one way, {on.pair / 1e9:g} between two, {on.latency * 1e6:g} µs a message"
     if devices > nodes.size:
         link += f"; {nodes.size} devices a node, {nodes.network / 1e9:g} GB/s and {NETWORK_LATENCY * 1e6:g} µs between"
-    power = f"{on.idle:g} W idle (as nvidia-smi shows) to {on.tdp:g} W at work, devices alone"
+    power = f"{on.idle:g} W waiting ({on.idle_source}), {on.tdp:g} W at work (assumed: its limit), devices alone"
     cost = "" if price is None else f"; {price:g} a device an hour"
     return f"assumed: {what}, on {on.name}; {link}; {power}{cost} ({on.source}). Not in it: loading, tokenization"
 
@@ -246,22 +247,14 @@ def parse_bytes(text: str | int) -> int:
 
 def _layout(card: ModelCard, cuts: Cuts, memory: int, bits: int, tokens: int, nodes: Nodes) -> Layout:
     """What the fullest device holds, and whether it has the memory for it."""
-    # Heads are cut in whole KV groups, so the fullest rank may hold more than its share: an upper bound, as the MLP is
-    # cut evenly.
-    share = -(-card.layers // cuts.pipeline) / card.layers * -(-card.kv_heads // cuts.tensor) / card.kv_heads
-    # Embedding and head (one matrix when tied) sit on the first and the last stage, cut over the tensor ranks.
-    rest = card.parameters - card.linear_parameters
-    head = 2 * card.head_parameters / cuts.tensor
-    embedding = 2 * (rest - (0 if card.tied else card.head_parameters)) / cuts.tensor
-    ends = max(embedding, head) if cuts.pipeline > 1 else embedding + (0 if card.tied else head)
-    width = 3 * card.hidden_size + (2 * card.intermediate_size + 3 * card.heads * card.head_dim) / cuts.tensor
+    weights, kv_cache, activations = fullest(card, cuts, bits, tokens)
     layout = Layout(
         cuts.data,
         cuts.tensor,
         cuts.pipeline,
-        weights=round((card.weight_bytes(bits) - 2 * rest) * share + ends),
-        kv_cache=round(tokens * card.kv_values * 2 * share),
-        activations=round(2 * tokens * width),
+        weights=weights,
+        kv_cache=kv_cache,
+        activations=activations,
     )
     problem = cuts.misfit(card.layers, card.kv_heads) or nodes.misfit(cuts)
     if cuts.tensor > 1 and not plan_of(card.model_type):

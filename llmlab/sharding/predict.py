@@ -10,7 +10,7 @@ from llmlab.data import ENDING_TOKENS, FULL_SET, QUESTION_TOKENS
 from llmlab.model.card import ModelCard
 from llmlab.sharding.costs import FUSED, STREAM, Device, Kernels, head_seconds, layer_seconds, unpack_seconds
 from llmlab.sharding.cuts import Cuts
-from llmlab.sharding.pipeline import stage_layers
+from llmlab.sharding.pipeline import layers_of
 
 MOST_DEVICES = 4096
 NETWORK_LATENCY = 20e-6  # seconds a message from node to node
@@ -121,7 +121,7 @@ def _scoring(card: ModelCard, cuts: Cuts, on: Device, job: Workload, bits: int, 
     layer = layer_seconds(card, on, rows, job.attended, tensor, job.kernels) + unpack_seconds(card, on, bits, tensor)
     layer += _reduces(card, cuts, on, rows, place)
     head = head_seconds(card, on, rows * job.asked / job.nodes, tensor)
-    bounds = stage_layers(card.layers, stages, head / layer)
+    bounds = layers_of(card, stages)
     slowest = max(end - first + (head / layer if end == card.layers else 0) for first, end in bounds) * layer
     work = card.layers * layer + head  # of one pass, on all stages
     hops = _hops(card, cuts, on, rows, place)

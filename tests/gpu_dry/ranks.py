@@ -2,7 +2,7 @@
 
 Every rank of every layout of LLaMA-30B and OPT-30B that the planner fits on four cards of 32 GB, and of their 4-bit
 replicas, loads its part, scores passes of 4,096 nodes, reads prompts, and decodes alone and with drafts; one layer of
-a small model is quantized by GPTQ. Ends with status 1 on a tensor of a wrong device or a bar missed.
+LLaMA-30B is quantized by GPTQ. Ends with status 1 on a tensor of a wrong device or a bar missed.
 """
 
 import gc
@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from unittest import mock
@@ -36,6 +36,7 @@ from llmlab.model.gptq_checkpoint import PARTS
 from llmlab.model.lm import decoder_layers
 from llmlab.model.load import model_card
 from llmlab.model.sources import read_config, resolve
+from llmlab.quantization import calibration, gptq
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.settings import quant_config
 from llmlab.quantization.walk import Walk as Quantization
@@ -47,10 +48,9 @@ from llmlab.sharding.plan import Layout, plan
 from llmlab.sharding.rank import Rank
 
 MODELS, DEVICES = ("llama-30b", "opt-30b"), 4
-QUANTIZED = "opt-125m"  # a column is a dozen operations, and a layer of 30B has 58,000 of them
 BATCH, CONTEXT = 8, 512  # rows of the KV cache and tokens of each: as many as the places of a scoring pass
 PROMPT, NEW, K = 460, 30, 4  # tokens of a prompt and behind it, and drafted ones: the cache takes CONTEXT
-QUESTIONS, CALIBRATION = 34, 16  # a pass or two of synthetic questions; rows of calibration text
+QUESTIONS = 34  # of a pass or two
 CLOSE = 0.1  # memory may be off the planner's by so much
 MOST_KERNELS, MOST_WAITS = 25, 1  # of a layer in scoring, and 7 that unpack; of a decoding step
 PASSED = {name: selfcheck.Check(True, 0.0) for name in (TRIES, f"the {Engine.kind}")}
@@ -90,7 +90,7 @@ class Report:
     waits: dict[str, int] = field(default_factory=dict)
     lines: Counter[str] = field(default_factory=Counter)  # at which a step waits
     graphs: str = ""
-    seconds: float = 0.0
+    seconds: float = 0.0  # of a core
 
     @property
     def ratio(self) -> float:
@@ -131,26 +131,36 @@ HEAD = f"""{"":<48} kernels a  launches   waits of the  GB of
 
 def walk_rank(shape: str, layout: Layout, index: int, bits: int) -> Report:
     """Walk one rank: loading, a scoring job, prefill, steps of decoding alone and with drafts."""
-    begin, cuts = time.perf_counter(), Cuts(layout.data, layout.tensor, layout.pipeline)
+    begin, cuts = time.process_time(), Cuts(layout.data, layout.tensor, layout.pipeline)
     report = Report(f"{shape}, {bits} bits, {cuts.name}, rank {index}", layout, bits)
     _walked(shape, cuts, index, bits, None, lambda walk, rank, job: _rank(walk, rank, job, report))
-    report.seconds = time.perf_counter() - begin
+    report.seconds = time.process_time() - begin
     return report
 
 
 def walk_gptq(shape: str) -> str:
-    """Walk GPTQ of one layer; what it takes, in a line."""
+    """Walk GPTQ of one layer at full width; what it takes, in a line.
+
+    Of a matrix's columns the first and the last block are rounded: a column is a dozen operations, all columns take the
+    same ones, and a layer of 30B has 58,000 of them.
+    """
     told = []
+
+    def ends(*bounds: int) -> Sequence[int]:
+        """In the place of `range` in gptq.py, where blocks alone have a step."""
+        every = range(*bounds)
+        return every if len(bounds) < 3 else [every[0], every[-1]]
 
     def solve(walk: Walk, rank: Rank, job: Job) -> None:
         lm = job.load(rank).lm
-        rows = torch.ones(CALIBRATION, CONTEXT, dtype=torch.int64)
+        rows = torch.ones(calibration.ROWS, calibration.CONTEXT, dtype=torch.int64)
         quantization = Quantization(lm, Scheme(4, 64), "gptq", rows)
-        launches, waits, peak = walk.during(quantization.run)
+        with mock.patch.object(gptq, "range", ends, create=True):
+            launches, waits, peak = walk.during(quantization.run)
         linears = len(quantization.report.linears)
         told.append(
-            f"{shape}, GPTQ of one layer, {rows.numel():,} tokens: {linears} matrices, {launches:,} launches, "
-            f"{waits} waits, {peak / GB:.2f} GB at the peak"
+            f"{shape}, GPTQ of one layer, {rows.numel():,} tokens: {linears} matrices, two blocks of columns of each, "
+            f"{launches:,} launches, {waits} waits, {peak / GB:.2f} GB at the peak above the weights"
         )
 
     _walked(shape, Cuts(), 0, 16, 1, solve)
@@ -162,6 +172,7 @@ def _walked(
 ) -> None:
     """Do a rank's work on a card that is not there, other ranks' part of collectives left out."""
     torch.set_num_threads(1)
+    gc.freeze()  # what is there before it is nobody's garbage: collections stay short
     warnings.simplefilter("ignore")
     walk, config = Walk(), read_config(resolve(f"random:{shape}"))
     config.num_hidden_layers = layers or config.num_hidden_layers
@@ -244,12 +255,12 @@ def main() -> int:
             works += [(shape, layout, index, bits) for layout in fitting for index in range(DEVICES)]
     print(HEAD, flush=True)
     fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=fresh, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=fresh) as pool:
         reports = []
         for report in pool.map(walk_rank, *zip(*works, strict=True)):
             reports.append(report)
             print(report.row(), flush=True)
-        print(pool.submit(walk_gptq, QUANTIZED).result())
+        print(pool.submit(walk_gptq, MODELS[0]).result())
     lines = sum((report.lines for report in reports), Counter())
     print("A step waits at:", *(f"  {line}" for line in sorted(lines)), sep="\n")
     print("Captured passes:", *sorted({f"  {r.name}: {r.graphs}" for r in reports if r.graphs}), sep="\n")
@@ -257,8 +268,10 @@ def main() -> int:
     for layout in {report.name.rpartition(",")[0] for report in reports}:
         fullest = max(report.ratio for report in reports if report.name.startswith(layout))
         problems += [f"{layout}: {fullest:.2f} of the planner's memory"] if abs(fullest - 1) > CLOSE else []
+    seconds, work = time.perf_counter() - begin, sum(report.seconds for report in reports)
     print(
-        f"{len(reports)} ranks walked in {time.perf_counter() - begin:.0f} s; {len(problems)} bars missed",
+        f"{len(reports)} ranks walked in {seconds:.0f} s ({work:.0f} s of a core); no tensor met another device's, "
+        f"{len(problems)} bars missed",
         *problems,
         sep="\n",
     )

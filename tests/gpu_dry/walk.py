@@ -11,7 +11,7 @@ import gc
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from llmlab.base.paths import PACKAGE
 from llmlab.kernels import packed_linear, replay, triton_packed
@@ -69,9 +69,11 @@ class Walk(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         """One operation: for real among CPU tensors, else without numbers."""
+        if func is torch.ops.prim.device.default:
+            return args[0].device
         kwargs = dict(kwargs or {})
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        gpu = [tensor for tensor in tensors if tensor.is_cuda]
+        tensors = _tensors((*args, *kwargs.values()))
+        gpu = [tensor for tensor in tensors if tensor.device.type == "cuda"]
         device = torch.device(kwargs.get("device") or (gpu[0].device if gpu else "cpu"))
         real = (tensors or _elements(args) <= LARGE) and not any(isinstance(t, FakeTensor) for t in tensors)
         if device.type == "cpu" and real:
@@ -96,15 +98,16 @@ class Walk(TorchDispatchMode):
             self.wait()
             return torch.empty(kwargs.get("minlength") or args[-1], dtype=torch.int64, device=device)
         kwargs |= {"generator": None} if "generator" in kwargs else {}  # nothing is drawn
-        args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
+        if any(not isinstance(tensor, FakeTensor) for tensor in tensors):
+            args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
         self._note(func, args)
-        with self.fake:
-            result = func(*args, **kwargs)
+        run = _attention if func is aten.scaled_dot_product_attention.default else func
+        result = run(*args, **kwargs)  # `fake` is the mode below this one
         copied = from_host and func is aten._to_copy.default
         if device.type == "cuda" and not copied and str(func).split(".")[1] not in VIEWS:
             self.launch(str(func))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+        for tensor in _tensors((result,)):
+            if tensor.device.type == "cuda":
                 self._hold(tensor.untyped_storage())
         return result
 
@@ -160,7 +163,7 @@ class Walk(TorchDispatchMode):
         if self.writes is None:
             return
         for given, said in zip(args, func._schema.arguments, strict=False):
-            storages = {t.untyped_storage()._cdata for t in tree_leaves(given) if isinstance(t, torch.Tensor)}
+            storages = {t.untyped_storage()._cdata for t in _tensors((given,))}
             self.reads |= storages
             if said.alias_info is not None and said.alias_info.is_write:
                 self.writes |= storages
@@ -190,12 +193,30 @@ class Walk(TorchDispatchMode):
         self.peak = max(self.peak, self.held)
 
 
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    """Those among the arguments of an operation, or in a list that is one."""
+    nested = (value if isinstance(value, list | tuple) else (value,) for value in values)
+    return [item for value in nested for item in value if isinstance(item, torch.Tensor)]
+
+
 @cache
 def _composed(func: Any) -> bool:
     """Whether an operation is made of others."""
     if func in WHOLE or func.namespace == "prim":
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None,
+    dropout: float = 0.0, causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """As the memory-efficient kernel lays out what it computes: [batch, tokens, heads, d], so that heads join as they
+    are. A V100 has no other one but the math kernel of grouped heads."""
+    if enable_gqa or query.shape[1] != key.shape[1]:
+        raise NotImplementedError("attention of grouped heads would be torch's math kernel here")
+    attend = aten._scaled_dot_product_efficient_attention.default
+    return attend(query, key, value, mask, False, dropout, causal, scale=scale)[0]
 
 
 def _elements(args: Any) -> int:

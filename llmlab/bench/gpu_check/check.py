@@ -33,8 +33,8 @@ STEPS = (
     Step("links", ranks.links, cuda=True, several=True),
     Step("layouts", ranks.scores, several=True),
     Step("decoding over layouts", ranks.completions, several=True),
-    Step("switching layouts", ranks.switching, several=True),
     Step("full depth", ranks.full_depth, several=True),
+    Step("switching layouts", ranks.switching, several=True),
     Step("failing ranks", ranks.failures, several=True),
     Step("torchrun", ranks.torchrun, several=True),
 )

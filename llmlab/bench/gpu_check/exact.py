@@ -96,11 +96,11 @@ def scoring(given: Given) -> Finding:
 def decoding(given: Given) -> Finding:
     """Greedy ids of the engine, plain and with every draft, against those of transformers."""
     texts = TEXTS if given.on_gpu else TEXTS[1:2]
-    prompts = encode_prompts(given.lm, list(texts), max_new_tokens=NEW_TOKENS, chat=False)
-    engine = Engine(given.lm)
+    prompts = encode_prompts(given.writer, list(texts), max_new_tokens=NEW_TOKENS, chat=False)
+    engine = Engine(given.writer)
     # On CPU the draft's output head stays as it is: its grids take half a minute to search.
-    packed = self_4bit(given.lm) if given.on_gpu else quantize(given.lm, method="rtn", scheme=LAYERS)
-    right = _ids(transformers_generate(given.lm, NEW_TOKENS), prompts)
+    packed = self_4bit(given.writer) if given.on_gpu else quantize(given.writer, method="rtn", scheme=LAYERS)
+    right = _ids(transformers_generate(given.writer, NEW_TOKENS), prompts)
     drafts = ("", "lookup", "self-4bit", "lookup, self-4bit")[:: 1 if given.on_gpu else 3]
     others = {draft or "plain": _ids(own(engine, NEW_TOKENS, draft, packed), prompts) for draft in drafts}
     wrong = [draft for draft, ids in others.items() if ids != right]
@@ -117,9 +117,9 @@ def _ids(decoder: Decoder, prompts: list[list[int]]) -> list[list[int]]:
 @torch.inference_mode()
 def replay(given: Given) -> Finding:
     """Passes that are recorded and replayed (on a GPU: CUDA graphs) against the same passes as they are."""
-    eager, recorded = Engine(given.lm), Engine(given.lm)
+    eager, recorded = Engine(given.writer), Engine(given.writer)
     eager.recorder.records = False
-    prompt, tokens = given.lm.encode(TEXTS[1]), given.lm.encode(TEXTS[2])
+    prompt, tokens = given.writer.encode(TEXTS[1]), given.writer.encode(TEXTS[2])
     logits = []
     for engine in (eager, recorded):
         engine.start(1, 64)
