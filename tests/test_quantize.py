@@ -314,7 +314,7 @@ def test_a_head_in_few_bits_is_packed_saved_and_read_again(tiny, tmp_path):
     for lm, message in [(tiny, "is not quantized"), (whole, "has a QuantLinear as its output head")]:
         with pytest.raises(InputError, match=message):
             quantize_head(lm, 8, 32)
-    with pytest.raises(InputError, match="the output head of .* 48 does not divide"):
+    with pytest.raises(InputError, match=r"the output head of .* 48 does not divide"):
         quantize_head(q, 8, 48)
     with pytest.raises(InputError, match="5 bits: choose one of"):
         quantize(tiny, method="rtn", scheme=Scheme(4, 32, head_bits=5))
