@@ -33,6 +33,13 @@ inline float exponential(float x) {
   return e * std::bit_cast<float>(((int32_t)n + 127) << 23);
 }
 
+// To another dtype, to the nearest and ties to even: torch's own conversion to bf16 keeps compilers from making vectors.
+template <typename T> inline T rounded(float x) { return (T)x; }
+template <> inline at::BFloat16 rounded<at::BFloat16>(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x), nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return at::BFloat16((uint16_t)(x == x ? nearest : 0x7fc0), at::BFloat16::from_bits());
+}
+
 // y = x / sqrt(|x|^2 / n + eps) * w, rounded to the dtype of x before the product as models do. x [..., n].
 at::Tensor rms_norm(const at::Tensor& given, const at::Tensor& weight, double eps) {
   const at::Tensor x = given.contiguous(), w = weight.to(x.scalar_type()).contiguous();
@@ -47,7 +54,7 @@ at::Tensor rms_norm(const at::Tensor& given, const at::Tensor& weight, double ep
       for (int64_t i = 0; i < n; i++) squares += (float)in[i] * (float)in[i];
       const float inverse = 1 / std::sqrt(squares / n + (float)eps);
       _Pragma("omp simd")
-      for (int64_t i = 0; i < n; i++) out[i] = (scalar_t)((float)(scalar_t)((float)in[i] * inverse) * (float)scale[i]);
+      for (int64_t i = 0; i < n; i++) out[i] = rounded<scalar_t>((float)rounded<scalar_t>((float)in[i] * inverse) * (float)scale[i]);
     }
   });
   return y;
@@ -69,7 +76,7 @@ at::Tensor gated(const at::Tensor& given, const at::Tensor& other) {
         _Pragma("omp simd")
         for (int64_t i = 0; i < n; i++) {
           const float value = (float)gate[i];
-          out[i] = (scalar_t)((float)(scalar_t)(value / (1 + exponential(-value))) * (float)up[i]);
+          out[i] = rounded<scalar_t>((float)rounded<scalar_t>(value / (1 + exponential(-value))) * (float)up[i]);
         }
       }
     });
@@ -95,8 +102,8 @@ at::Tensor rotated(const at::Tensor& x, const at::Tensor& cosine, const at::Tens
         _Pragma("omp simd")
         for (int64_t i = 0; i < half; i++) {
           const float first = (float)in[i], second = (float)in[half + i];
-          out[i] = (scalar_t)(first * (float)c[i] - second * (float)s[i]);
-          out[half + i] = (scalar_t)(second * (float)c[half + i] + first * (float)s[half + i]);
+          out[i] = rounded<scalar_t>(first * (float)c[i] - second * (float)s[i]);
+          out[half + i] = rounded<scalar_t>(second * (float)c[half + i] + first * (float)s[half + i]);
         }
       }
     });
