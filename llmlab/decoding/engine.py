@@ -39,8 +39,8 @@ class Engine:
     """A model ready to decode.
 
     Args:
-        lm: the model. Weights are shared and keep their values; on CPU the engine lays them out a second time, and
-            matrices with the same input move side by side (see `fewrows`).
+        lm: the model. Weights are shared and keep their values; matrices with the same input move side by side, and
+            bf16's, where the processor multiplies it, are laid out a second time (see `fewrows`).
         cache_of: share this engine's cache: a draft that is a cheaper version of the same model reads the keys and
             values of the exact one, and needs no prefill of its own.
         compile: let torch.compile make the passes of a few tokens: the first pass of each shape takes up to a minute.

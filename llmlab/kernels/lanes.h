@@ -11,8 +11,9 @@
 #endif
 
 namespace {
-// Lanes: WIDTH numbers side by side. Rows of x that share one reading of the weights: ROWS of packed ones, PLAIN_ROWS of
-// plain ones, of which OUTPUTS rows share one reading of x; as many as registers hold. Sums: of products of nibbles (0 .. 15) and x8 (-127 .. 127).
+// Lanes: WIDTH numbers side by side. Sums: of products of nibbles (0 .. 15) and x8 (-127 .. 127). Rows of x that share one
+// reading of the weights: ROWS of packed ones, PLAIN_ROWS of plain ones, of which OUTPUTS rows share one reading of x; as
+// many as registers hold.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 constexpr int WIDTH = 16, ROWS = 8, PLAIN_ROWS = 9, OUTPUTS = 3;
 using Bytes = __m512i;
