@@ -13,7 +13,7 @@ from llmlab.base.stats import Metric
 from llmlab.data import Question, everyday
 from llmlab.jobs.over_ranks import RankGroup, ranks
 from llmlab.kernels.fast import default_dtype
-from llmlab.kernels.fewrows import shared_copy
+from llmlab.kernels.fewops import shared_copy
 from llmlab.measure.roofline import Peaks, measure_peaks
 from llmlab.model.convert import with_dtype
 from llmlab.model.lm import LM, decoder_layers
