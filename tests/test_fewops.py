@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama import modeling_llama
 
 from llmlab.kernels import fewops
@@ -93,6 +94,7 @@ def test_other_gates_and_rotations_stay(monkeypatch):
 
     assert fewops._rotates(modeling_llama.apply_rotary_pos_emb, torch.float32)
     assert not fewops._rotates(pairs, torch.float32)
+    assert not fewops._rotates(modeling_gpt_oss.apply_rotary_pos_emb, torch.float32)
 
 
 def test_the_generator_of_random_numbers_is_left_alone(monkeypatch):

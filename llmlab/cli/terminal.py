@@ -103,5 +103,6 @@ def doctor_table(inventory: dict[str, Any]) -> Table:
     for kept in inventory["checks"]:
         said = f"used: {kept['difference']:.1g} nats off the plain pass at most"
         said, style = (said, "green") if kept["passed"] else (f"not used: {kept['reason']}", "yellow")
-        row(f"{kept['path']}, {kept['model']}, {kept['dtype']}", said, style)
+        what = [kept["path"], kept["model"], kept["transformation"], kept["dtype"]]
+        row(", ".join(name for name in what if name != "none"), said, style)
     return table

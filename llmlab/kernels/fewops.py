@@ -83,7 +83,7 @@ def _is_gated(mlp: torch.nn.Module, dtype: torch.dtype) -> bool:
     names = {name for name in mlp._modules if "+" not in name}  # without those that were joined
     if names != {"gate_proj", "up_proj", "down_proj", "act_fn"} or "forward" in vars(mlp) or mlp._forward_hooks:
         return False
-    kind = (type(mlp), type(mlp.act_fn), dtype)
+    kind = (type(mlp).forward, type(mlp.act_fn), dtype)
     if kind not in _gates:
         small = copy.copy(mlp)
         *weights, x = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -102,13 +102,14 @@ def _linear(weight: torch.Tensor) -> torch.nn.Linear:
     return linear
 
 
-_forwards: dict[tuple[type, torch.dtype], FunctionType | None] = {}
+_forwards: dict[tuple[object, torch.dtype], FunctionType | None] = {}  # by the forward pass that it replaces
 
 
 def _with_rotation(kind: type[torch.nn.Module], dtype: torch.dtype) -> FunctionType | None:
     """The forward pass of a kind of module with the rotation as one operation; None if it has none, or another one."""
-    if (kind, dtype) not in _forwards:
-        forward, new = kind.forward, None
+    forward = kind.forward
+    if (forward, dtype) not in _forwards:
+        new = None
         plain: Rotation | None = getattr(forward, "__globals__", {}).get(ROTATION)
         calls = isinstance(forward, FunctionType) and ROTATION in forward.__code__.co_names
         if plain is not None and calls and _rotates(plain, dtype):
@@ -116,8 +117,8 @@ def _with_rotation(kind: type[torch.nn.Module], dtype: torch.dtype) -> FunctionT
             names = forward.__globals__ | {ROTATION: _rotation(plain)}
             new = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
             new.__kwdefaults__ = forward.__kwdefaults__
-        _forwards[kind, dtype] = new
-    return _forwards[kind, dtype]
+        _forwards[forward, dtype] = new
+    return _forwards[forward, dtype]
 
 
 def _rotation(plain: Rotation) -> Rotation:
@@ -142,7 +143,10 @@ def _rotates(plain: Rotation, dtype: torch.dtype) -> bool:
         return False
     random = torch.randn(4, 2, 3, 4, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     q, k, cos, sin = random[0], random[1, :, :1], random[2, :, 0], random[3, :, 0]
-    return all(map(close, _rotation(plain)(q, k, cos, sin), plain(q, k, cos, sin)))
+    try:
+        return all(map(close, _rotation(plain)(q, k, cos, sin), plain(q, k, cos, sin)))
+    except RuntimeError:  # cosines of another shape: gpt-oss has one for each pair
+        return False
 
 
 class FewOpsRMSNorm(torch.nn.Module):
@@ -181,7 +185,7 @@ def rms_norm(norm: torch.nn.Module) -> torch.nn.Module:
         return norm
     settings = tuple((k, v) for k, v in vars(norm).items() if isinstance(v, bool | int | float | str))
     hooks = len(norm._forward_hooks) + len(norm._forward_pre_hooks)
-    kind = (type(norm), weight.dtype, len(weight), settings, hooks)
+    kind = (type(norm).forward, weight.dtype, len(weight), settings, hooks)
     if kind not in _plain:
         x, random = torch.randn(2, 4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
         other, tried = FewOpsRMSNorm(random[0], eps), shared_copy(norm)

@@ -138,13 +138,14 @@ def tell(of_family: dict[str, Check]) -> None:
 
 
 def known() -> list[dict[str, object]]:
-    """The outcomes kept for this code and these libraries: `model`, `path`, `dtype`, `device` and those of a Check."""
+    """The outcomes kept for this code and these libraries: what they hold for, and what a Check has."""
     rows: list[dict[str, object]] = []
     for file in sorted((cache_folder() / "checks").glob("*.json")):
         with suppress(OSError, ValueError, TypeError, KeyError):
             kept = json.loads(file.read_text())
             if kept["versions"] == versions():
-                rows.append({name: kept[name] for name in ("model", "path", "dtype", "device")} | kept["outcome"])
+                names = ("model", "transformation", "path", "dtype", "device")
+                rows.append({name: kept[name] for name in names} | kept["outcome"])
     return rows
 
 
