@@ -306,3 +306,27 @@ def test_fake_tensors_know_the_shapes():
         assert product(x).shape == (2, 3, 96)
         assert torch.ops.llmlab.rms_norm(x, torch.empty(256), 1e-5).shape == x.shape
     assert math.prod(linear.fast(torch.randn(1, 256)).shape) == 96
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_the_operators_say_of_themselves_is_so(dtype):
+    """Shapes, strides and what is written into: torch.compile and recordings believe it."""
+    assert native().problem == ""
+    linear, ops = matrix(4, 64, outputs=40), torch.ops.llmlab
+    linear.prepare(dtype)
+    x, one, cos = torch.randn(2, 3, 256).to(dtype), torch.randn(1, 4, 1, 16).to(dtype), torch.rand(2, 1, 16).to(dtype)
+    several = torch.randn(2, 5, 4, 16).to(dtype).transpose(1, 2)
+    keys, values = torch.randn(2, 2, 2, 32, 16).to(dtype)
+    slots, mask = torch.arange(10).view(2, 5), torch.ones(2, 1, 10, 20, dtype=torch.bool)
+    product = linear.fast
+    for operator, arguments in [
+        (ops.packed_rows, (x, product.codes, product.scales, product.zeros, 40)),
+        (ops.dense_rows, (x, torch.randn(40, 256).to(dtype), torch.randn(40).to(dtype))),
+        (ops.rms_norm, (x, torch.randn(256).to(dtype), 1e-5)),
+        (ops.gated, tuple(x.split(128, dim=-1))),
+        (ops.rotate, (several[:, :, :1], several[:, :2, :1], cos, cos)),
+        (ops.attend_few, (one, one[:, :2], one[:, :2], keys[:1], values[:1], torch.tensor(3), None, 0.3)),
+        (ops.attend_few, (several, several[:, :2], several[:, :2], keys, values, slots, mask, 0.3)),
+    ]:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -172,7 +172,7 @@ def _rotated(query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor) -> tup
 def _attended(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: torch.Tensor | float | None
 ) -> torch.Tensor:
-    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+    return query.new_empty(*query.shape[:3], value.shape[3]).transpose(1, 2)
 
 
 # What each operator returns, for fake tensors.

@@ -127,7 +127,7 @@ at::Tensor packed_rows(const at::Tensor& given, const at::Tensor& codes, const a
   });
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = outputs;
-  return (padded == outputs ? y : y.slice(1, 0, outputs)).to(x.scalar_type()).reshape(shape);
+  return (padded == outputs ? y : y.slice(1, 0, outputs)).to(x.scalar_type()).contiguous().view(shape);
 }
 }  // namespace
 
