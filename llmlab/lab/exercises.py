@@ -261,6 +261,6 @@ EXERCISES = {
     "07-2": Exercise(
         lambda prediction: prediction.kwh,
         _predictions,
-        "A device draws 40 W always and 260 W more while it works, a share 1 - bubble of the time; 1 kWh is 3.6e6 J.",
+        "A device draws 66 W always and 234 W more while it works, a share 1 - bubble of the time; 1 kWh is 3.6e6 J.",
     ),
 }

@@ -6,5 +6,5 @@ def utilization(prediction):
 
 
 def energy(prediction):
-    watts = 40 + (300 - 40) * (1 - prediction.bubble)
+    watts = 66 + (300 - 66) * (1 - prediction.bubble)
     return 4 * watts * prediction.seconds / 3.6e6
