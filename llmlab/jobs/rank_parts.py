@@ -24,7 +24,7 @@ from llmlab.model.lm import LM
 from llmlab.model.selfcheck import Check, tell
 from llmlab.quantization.calibration import calibration_rows
 from llmlab.quantization.fit import check_quantizable
-from llmlab.quantization.gptq import Factor, gptq, with_losses
+from llmlab.quantization.gptq import Factor, gptq, target_of, with_losses
 from llmlab.quantization.grid import Scheme
 from llmlab.quantization.walk import Alone, Walk
 from llmlab.scoring.attention import tries_attend
@@ -222,7 +222,7 @@ class _Together(Alone):
         part = gptq(weight[start:stop], factor.of_rows(start, stop), scheme)
         whole = [_gathered(t, bounds) for t in (part.codes, part.scales, part.zeros)]
         result = Quantized(whole[0], whole[1], whole[2], part.g_idx)
-        return with_losses(result, weight.float(), factor, scheme)
+        return with_losses(result, target_of(weight.float(), factor, scheme), factor)
 
 
 def _gathered(part: torch.Tensor, bounds: list[int]) -> torch.Tensor:

@@ -160,7 +160,7 @@ def gptq(weight: torch.Tensor, factor: Factor, scheme: Scheme) -> Quantized:
         zeros.T.to(torch.uint8).contiguous(),
         group_of[back].int(),
     )
-    return with_losses(result, original, factor, scheme)
+    return with_losses(result, target, factor)
 
 
 def round_columns(
@@ -211,9 +211,9 @@ def group_factor(upper: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return factor
 
 
-def with_losses(quantized: Quantized, weight: torch.Tensor, factor: Factor, scheme: Scheme) -> Quantized:
+def with_losses(quantized: Quantized, target: Target, factor: Factor) -> Quantized:
     """The same with its error against the target, and Babai's bound on it, both relative to the outputs' energy."""
-    best = target_of(weight, factor, scheme).best[torch.argsort(factor.order)].T
+    best = target.best[torch.argsort(factor.order)].T
     quantized.error = relative_error(best, quantized, factor.hessian)
     steps = quantized.scales.float()[:, quantized.g_idx.long()[factor.order]] / factor.upper.diagonal()
     quantized.bound = float((steps / 2).square().sum() / _energy(best, factor.hessian))

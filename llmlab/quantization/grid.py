@@ -16,7 +16,7 @@ import torch
 
 from llmlab.base.errors import InputError, NumericalError
 from llmlab.kernels.packing import BITS, Quantized
-from llmlab.quantization.neuqi import judged_by_gptq, neuqi
+from llmlab.quantization.neuqi import HUGE, TINY, judged_by_gptq, neuqi
 
 SHRINKS = 24  # candidates of the grid search, from the full range of a group down to SMALLEST of it
 SMALLEST = 0.4
@@ -137,14 +137,13 @@ def find_grid(
 
 
 def _grid(low: torch.Tensor, high: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
-    tiny = torch.finfo(torch.float16).tiny
-    scales = ((high - low) / scheme.levels).clamp(min=tiny)
+    scales = ((high - low) / scheme.levels).clamp(min=TINY)
     if scheme.symmetric:
         return scales.half().float(), torch.full_like(scales, (scheme.levels + 1) // 2)
     # Checkpoints store z - 1 in `bits` bits, so 0 cannot be written: a group without negative weights wastes a level.
     zeros = torch.round(-low / scales).clamp(1, scheme.levels)
     scales = torch.maximum(scales, high / (scheme.levels - zeros).clamp(min=1))
-    return scales.clamp(max=torch.finfo(torch.float16).max).half().float(), zeros
+    return scales.clamp(max=HUGE).half().float(), zeros
 
 
 def codes_of(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, scheme: Scheme) -> torch.Tensor:

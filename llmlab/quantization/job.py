@@ -12,7 +12,7 @@ from llmlab.model.lm import LM, check_device
 from llmlab.quantization.calibration import ROWS, calibration_rows
 from llmlab.quantization.fit import check_quantizable
 from llmlab.quantization.grid import Scheme
-from llmlab.quantization.memory import check_memory, memory_needed
+from llmlab.quantization.memory import check_job
 from llmlab.quantization.report import Report
 from llmlab.quantization.rotate import rotate
 from llmlab.quantization.walk import Walk
@@ -56,10 +56,7 @@ def quantize_to(
     lm, read_layer = stream(name, dtype=dtype, device=check_device(device))
     check_quantizable(lm, scheme, solver)
     calibration = calibration_rows(lm, text, rows=rows) if solver == "gptq" else None
-    tokens = 0 if calibration is None else calibration.numel()
-    exact = scheme.target != "gptq"
-    needed = memory_needed(lm.card, scheme, tokens, dtype, device=lm.device.type, exact=exact, loaded=True)
-    check_memory(name, needed, lm.device)
+    check_job(lm, scheme, calibration)
     if solver != method:
         lm, read_layer = rotate(lm, read_layer=read_layer)
     keep = target.parent / f".{target.name}.layers"

@@ -26,6 +26,7 @@ import torch
 from llmlab.base.errors import InputError
 from llmlab.kernels.cuda import free_bytes
 from llmlab.model.card import DTYPE_BYTES, ModelCard
+from llmlab.model.lm import LM
 from llmlab.quantization.grid import Scheme
 
 KEPT = 1.5
@@ -88,6 +89,13 @@ def memory_needed(
         activations=round(activations * (KEPT if device == "cpu" else 1)),
         solving=4 * max(7 * columns**2, 2 * columns**2 + 7 * hidden * mlp),
     )
+
+
+def check_job(lm: LM, scheme: Scheme, calibration: torch.Tensor | None) -> None:
+    """`check_memory` for a model whose embeddings, norms and head are loaded, with these calibration rows."""
+    tokens, exact = 0 if calibration is None else calibration.numel(), scheme.target != "gptq"
+    needed = memory_needed(lm.card, scheme, tokens, lm.dtype, device=lm.device.type, exact=exact, loaded=True)
+    check_memory(lm.name, needed, lm.device)
 
 
 def check_memory(name: str, needed: Memory, device: torch.device) -> None:

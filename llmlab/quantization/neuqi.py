@@ -22,7 +22,7 @@ import torch
 
 SCALES = 24  # candidates, from the full range of a group down to SMALLEST of it
 SMALLEST = 0.4
-TINY, HUGE = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
+TINY, HUGE = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max  # of scales, as checkpoints store them
 
 Grid = tuple[torch.Tensor, torch.Tensor]  # scales and zero points, fp32 [...]
 

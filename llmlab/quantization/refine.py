@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 
 from llmlab.quantization.grid import Scheme, codes_of
+from llmlab.quantization.neuqi import HUGE, TINY
 
 BLOCK = 128
-TINY, HUGE = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
 
 
 def refine(

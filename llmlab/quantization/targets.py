@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 # Shares of the pull that are followed: all of it fits the calibration text better and other text worse. GPTAQ's code
-# takes ALPHA; Qronos all. Half, as QEP does it (arXiv 2504.09629), is better here: behind 4 layers of SmolLM2 at 3 bits
+# takes ALPHA; Qronos all. Half is better here: behind 4 layers of SmolLM2 at 3 bits
 # (48 x 512 tokens) hidden states of other text have lost 2.05 % (GPTQ), 1.69 % (all) and 1.50 % (half) of their energy.
 ALPHA, BETA = 0.25, 0.5
 

@@ -35,7 +35,7 @@ from llmlab.quantization.fit import NOT_CALLED, check_quantizable, fitting
 from llmlab.quantization.gptq import Factor, Hessian, factorize, gptq
 from llmlab.quantization.grid import Scheme, rtn
 from llmlab.quantization.head import quantize_head
-from llmlab.quantization.memory import check_memory, memory_needed
+from llmlab.quantization.memory import check_job
 from llmlab.quantization.report import Report
 from llmlab.quantization.settings import quant_config
 
@@ -79,9 +79,7 @@ def quantize(
         calibration = None
     elif not isinstance(calibration, torch.Tensor):
         calibration = calibration_rows(lm, wikitext("valid") if calibration is None else calibration)
-    tokens, exact = 0 if calibration is None else calibration.numel(), scheme.target != "gptq"
-    needed = memory_needed(lm.card, scheme, tokens, lm.dtype, device=lm.device.type, exact=exact, loaded=True)
-    check_memory(lm.name, needed, lm.device)
+    check_job(lm, scheme, calibration)
     report = Report() if report is None else report
     return Walk(lm, scheme, method, calibration, report).run()
 
