@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmlab.decoding.engine import Engine
 from llmlab.kernels import fewrows
 from llmlab.kernels import native as module
 from llmlab.kernels.choose import NATIVE
@@ -19,6 +20,10 @@ from llmlab.kernels.native import compiler, level, native
 from llmlab.kernels.native_packed import NativeProduct, tiles, untiled
 from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.kernels.packing import Quantized
+from llmlab.kernels.stacking import in_a_row
+from llmlab.model.selfcheck import plain_logits
+from llmlab.quantization.grid import Scheme, rtn
+from llmlab.quantization.walk import quantize
 
 HALF = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -46,6 +51,19 @@ def rounded(x):
     blocks = x.double().unflatten(-1, (-1, 32))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     return ((blocks / scale).round() * scale).flatten(-2)
+
+
+@needs_compiler
+def test_products_with_real_zero_points_equal_those_of_rounded_activations():
+    torch.manual_seed(0)
+    linear = QuantLinear.pack(rtn(torch.randn(40, 256) + 0.3, Scheme(4, 32, search=False, zero_points="real")), 4)
+    weight = linear.dequantize(torch.float32)
+    assert linear.zeros.is_floating_point() and (linear.zeros % 1 != 0).any()
+    linear.prepare(torch.float32)
+    assert linear.kernel == NATIVE
+    x = torch.randn(3, 256)
+    torch.testing.assert_close(linear(x).double(), rounded(x) @ weight.double().T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(linear.dequantize(torch.float32), weight)
 
 
 @needs_compiler
@@ -330,3 +348,26 @@ def test_what_the_operators_say_of_themselves_is_so(dtype):
         (ops.attend_few, (several, several[:, :2], several[:, :2], keys, values, slots, mask, 0.3)),
     ]:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_tensors_move_one_behind_another_with_their_numbers():
+    tensors = [torch.randn(4, 3), torch.randn(5), torch.randn(2, 2, 2)]
+    before, view = [tensor.clone() for tensor in tensors], tensors[0]
+    in_a_row(tensors)
+    assert all(map(torch.equal, tensors, before)) and view is tensors[0]
+    places = [tensor.data_ptr() for tensor in tensors]
+    assert places == [places[0], places[0] + 48, places[0] + 68]
+    in_a_row(tensors)
+    assert [tensor.data_ptr() for tensor in tensors] == places
+    in_a_row([])
+
+
+@needs_compiler
+def test_an_engine_reads_packed_matrices_in_one_stretch_and_holds_them_once(tiny):
+    lm = quantize(tiny, method="rtn", scheme=Scheme(4, 32, search=False))
+    held, before = Engine(lm).memory_bytes, plain_logits(lm)
+    codes = sorted((m.fast.codes for m in lm.model.modules() if isinstance(m, QuantLinear)), key=torch.Tensor.data_ptr)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in codes}) == 1
+    assert [tensor.data_ptr() for tensor in codes[1:]] == [t.data_ptr() + t.nbytes for t in codes[:-1]]
+    assert Engine(lm).memory_bytes == held
+    assert torch.equal(plain_logits(lm), before)

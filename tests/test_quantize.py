@@ -318,3 +318,36 @@ def test_a_head_in_few_bits_is_packed_saved_and_read_again(tiny, tmp_path):
         quantize_head(q, 8, 48)
     with pytest.raises(InputError, match="5 bits: choose one of"):
         quantize(tiny, method="rtn", scheme=Scheme(4, 32, head_bits=5))
+
+
+def test_real_zero_points_copy_a_grid_such_as_ggufs_without_loss():
+    """Q4_1's w = d q + m, whose least and largest weights are levels; other weights lose less than by integers."""
+    torch.manual_seed(0)
+    real = Scheme(4, 32, search=False, zero_points="real")
+    d, m = (1 + torch.rand(8, 4)).half().float() / 32, torch.randn(8, 4).half().float() / 4
+    codes = torch.randint(0, 16, (8, 4, 32))
+    codes[..., 0], codes[..., 1] = 0, 15
+    weight = (codes * d[..., None] + m[..., None]).flatten(1)
+    copied = rtn(weight, real)
+    assert torch.equal(copied.codes.view(8, 4, 32).long(), codes)
+    assert ((copied.dequantize() - weight).abs().view(8, 4, 32) <= 0.02 * d[..., None]).all()
+    other = torch.randn(64, 256)
+    losses = [(rtn(other, s).dequantize() - other).norm() for s in (real, Scheme(4, 32, search=False))]
+    assert losses[0] < 0.98 * losses[1]
+    constant = torch.tensor([0.0, 0.3, 1e-9, -7.0])[:, None].expand(4, 32)
+    torch.testing.assert_close(rtn(constant, real).dequantize(), constant, rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(rtn(other + 100, real).dequantize(), other + 100, rtol=0.05, atol=0)
+
+
+def test_real_zero_points_are_not_saved(tiny, tmp_path):
+    real = Scheme(4, 32, search=False, zero_points="real")
+    lm = quantize(tiny, method="rtn", scheme=real)
+    with reference_kernel(lm):
+        assert (logits(lm) - logits(tiny)).abs().max() < 0.2 * logits(tiny).abs().max()
+    with pytest.raises(InputError, match="real zero points fit into no GPTQ checkpoint"):
+        lm.save(tmp_path / "real")
+    with pytest.raises(InputError, match="real zero points fit into no GPTQ checkpoint"):
+        quantize_to("smollm2", tmp_path / "real", "", scheme=real, method="rtn")
+    with pytest.raises(InputError, match="unknown zero_points 'float'"):
+        quantize(tiny, method="rtn", scheme=Scheme(zero_points="float"))
+    assert not (tmp_path / "real").exists()

@@ -98,7 +98,7 @@ class Pace:
         if self.k is not None:
             return 0 if all(p.tokens for p, row in zip(proposals, rows, strict=True) if row.left > 0) else self.k
         rate, seconds = sum(row.rates[draft.name].value for row in rows) / len(rows), draft.seconds()
-        k, gain = best_k(rate, self.engine.seconds, seconds, MOST // 2), self._best(rows, proposals)[1]
+        k, gain = best_k(rate, self.engine.seconds, seconds, MOST), self._best(rows, proposals)[1]
         if speedup(rate, k, self.engine.seconds, seconds) > MARGIN * gain:
             return k
         return int(gain == 1 and self.idle > PROBE)

@@ -52,19 +52,23 @@ def named_drafts(lm: LM, names: str) -> list[Draft]:
 
 
 def self_4bit(lm: LM, quantized: LM | None = None) -> LM:
-    """A model's own 4-bit copy, output head included, with the activations that are fast on this device.
+    """A model's own 4-bit copy, its output head in 8 bits, with the activations that are fast on this device.
 
     Rounded to nearest in groups of 32 within seconds; or `quantized`, such as `llmlab.quantize(lm)` makes with GPTQ in
-    minutes. What a draft loses costs speed, never exactness.
+    minutes. What a draft loses costs speed, never exactness. On a CPU zero points are real numbers, so that a model
+    which came from a 4-bit GGUF file (Q4_0, Q4_1; the built-in one does) is copied without loss: what its copy guesses
+    otherwise, the rounding of activations does. One trained in bf16 loses more, and its copy's guesses fail more often.
     """
     if any(isinstance(m, QuantLinear) for m in lm.model.modules()):
         raise InputError(f"{lm.name} is quantized: its own 4-bit copy is itself. Draft with lookup or a smaller model.")
-    packed = quantized or quantize(lm, method="rtn", scheme=Scheme(4, GROUP, search=False))
-    torchs = lm.device.type == "cpu" and bool(native().problem)  # whose kernels want activations of their own
+    on_cpu = lm.device.type == "cpu"
+    scheme = Scheme(4, GROUP, search=False, zero_points="real" if on_cpu else "integer")
+    packed = quantized or quantize(lm, method="rtn", scheme=scheme)
+    torchs = on_cpu and bool(native().problem)  # whose kernels want activations of their own
     packed = with_dtype(packed, packed_dtype(lm.device) if torchs else lm.dtype)
     head = packed.model.get_output_embeddings()
     fits = type(head) is torch.nn.Linear and head.in_features % GROUP == 0 and head.out_features % 8 == 0
-    return quantize_head(packed, 4, GROUP) if fits else packed
+    return quantize_head(packed, 8, GROUP) if fits else packed
 
 
 def forecast(engine: Engine, drafts: list[Draft], batch: int) -> str:

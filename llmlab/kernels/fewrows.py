@@ -28,7 +28,7 @@ from llmlab.kernels.native_packed import NativeProduct
 from llmlab.kernels.packed_linear import QuantLinear
 from llmlab.kernels.plain import HALF, onednn_takes, slow_on_cpu, widened_linear
 from llmlab.kernels.replay import whole
-from llmlab.kernels.stacking import stacked
+from llmlab.kernels.stacking import in_a_row, stacked
 
 TOGETHER = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
 FEW = (1, 2, 3, 5, 9, 17)  # rows at which the two ways are compared
@@ -40,6 +40,9 @@ def prepare(model: torch.nn.Module, dtype: torch.dtype, *, pack: bool = True) ->
 
     `pack` False leaves plain Linears in torch's layout, which torch.compile knows.
     """
+    products = _products(model)
+    for name in ("codes", "scales", "zeros"):
+        in_a_row([getattr(product, name) for product in products])
     for parent in list(model.modules()):
         for names in TOGETHER:
             _join(parent, names, dtype)
@@ -58,6 +61,18 @@ def prepare(model: torch.nn.Module, dtype: torch.dtype, *, pack: bool = True) ->
         rows = _few_rows(laid_out)
         for module in laid_out:
             module.few_rows = rows
+
+
+def _products(model: torch.nn.Module) -> list[NativeProduct]:
+    """The C++ kernels' matrices in the order in which a pass reads them, those that will be joined side by side."""
+    order = {name: place for place, name in enumerate(name for names in TOGETHER for name in names)}
+    products = []
+    for parent in model.modules():
+        for name in sorted(parent._modules, key=lambda name: order.get(name, len(order))):
+            child = parent._modules[name]
+            if isinstance(child, QuantLinear) and isinstance(child.fast, NativeProduct):
+                products.append(child.fast)
+    return products
 
 
 def _packs(linear: torch.nn.Linear) -> bool:
@@ -236,7 +251,8 @@ def _join(parent: torch.nn.Module, names: tuple[str, ...], dtype: torch.dtype) -
 def _joined(parts: list[QuantLinear]) -> QuantLinear | None:
     """One packed matrix that computes the outputs of several with the same input; None if none can."""
     first, outputs = parts[0], [m.out_features for m in parts]
-    alike = all(m.bits == first.bits and torch.equal(m.g_idx, first.g_idx) for m in parts)
+    alike = len({(m.bits, m.qzeros.dtype) for m in parts}) == 1
+    alike = alike and all(torch.equal(m.g_idx, first.g_idx) for m in parts)
     features = torch.arange(first.in_features, device=first.g_idx.device)
     orders = [features if m.order is None else m.order for m in parts]
     alike = alike and all(torch.equal(order, orders[0]) for order in orders)

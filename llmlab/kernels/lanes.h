@@ -28,7 +28,6 @@ inline Lanes floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
 inline Lanes splat(float value) { return _mm512_set1_ps(value); }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
 inline Lanes load_halves(const at::Half* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
-inline Lanes load_bytes(const uint8_t* from) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from))); }
 inline Lanes load_floats(const float* from) { return _mm512_loadu_ps(from); }
 inline Lanes load_upper_halves(const uint16_t* from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
@@ -52,7 +51,6 @@ inline Lanes floats(Sums sums) { return _mm256_cvtepi32_ps(_mm256_madd_epi16(sum
 inline Lanes splat(float value) { return _mm256_set1_ps(value); }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
 inline Lanes load_halves(const at::Half* from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
-inline Lanes load_bytes(const uint8_t* from) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from))); }
 inline Lanes load_floats(const float* from) { return _mm256_loadu_ps(from); }
 inline Lanes load_upper_halves(const uint16_t* from) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16));
@@ -90,7 +88,6 @@ inline Lanes multiply_add(const Lanes& a, const Lanes& b, const Lanes& c) {
   return each<Lanes, WIDTH>([&](int i) { return a.at[i] * b.at[i] + c.at[i]; });
 }
 inline Lanes load_halves(const at::Half* from) { return each<Lanes, WIDTH>([&](int i) { return (float)from[i]; }); }
-inline Lanes load_bytes(const uint8_t* from) { return each<Lanes, WIDTH>([&](int i) { return (float)from[i]; }); }
 inline Lanes load_floats(const float* from) { return each<Lanes, WIDTH>([&](int i) { return from[i]; }); }
 inline Lanes load_upper_halves(const uint16_t* from) {
   return each<Lanes, WIDTH>([&](int i) { return std::bit_cast<float>((uint32_t)from[i] << 16); });

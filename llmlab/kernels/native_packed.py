@@ -24,8 +24,7 @@ class NativeProduct(torch.nn.Module):
 
     Buffers (T tiles of 16 outputs, G groups):
         codes: uint8 [T, n / 32, 256 or 512], see `tiles`.
-        scales: fp16 [T, G, 16].
-        zeros: uint8 [T, G, 16].
+        scales, zeros: fp16 [T, G, 16].
     """
 
     codes: torch.Tensor
@@ -40,10 +39,10 @@ class NativeProduct(torch.nn.Module):
 
     @classmethod
     def pack(cls, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> NativeProduct:
-        """From codes uint8 [m, n], the columns of a group side by side, scales fp16 and zeros uint8 [m, G]."""
+        """From codes uint8 [m, n], the columns of a group side by side, scales and zeros [m, G]."""
         outputs, padding = len(codes), (0, 0, 0, -len(codes) % TILE)
         codes, scales, zeros = (torch.nn.functional.pad(tensor, padding) for tensor in (codes, scales, zeros))
-        return cls(tiles(codes, bits), _by_tile(scales), _by_tile(zeros), outputs)
+        return cls(tiles(codes, bits), _by_tile(scales.half()), _by_tile(zeros.half()), outputs)
 
     @classmethod
     def joined(cls, parts: list[NativeProduct]) -> NativeProduct | None:

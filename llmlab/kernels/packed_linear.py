@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from llmlab.base.errors import InputError
 from llmlab.kernels.choose import INT4_CPU, INT8_CPU, NATIVE, REFERENCE, TRITON, choose_kernel, native_takes, packed
 from llmlab.kernels.graphs import copies, rows_up_to
 from llmlab.kernels.native_packed import NativeProduct
@@ -37,7 +38,8 @@ class QuantLinear(torch.nn.Module):
 
     Buffers (n input, m output features, G groups):
         qweight: int32 [n * bits / 32, m], the codes, packed along the inputs; [0, m] where the C++ kernel holds them.
-        qzeros: int32 [G, m * bits / 32], zero points minus one, packed along the outputs.
+        qzeros: int32 [G, m * bits / 32], zero points minus one, packed along the outputs; or fp16 [G, m], real zero
+            points, which no checkpoint holds.
         scales: fp16 [G, m].
         g_idx: int32 [n], the group of each input feature.
         bias: [m] or None.
@@ -72,7 +74,8 @@ class QuantLinear(torch.nn.Module):
         rows, columns = quantized.codes.shape
         self = cls(columns, rows, bits, quantized.scales.shape[1], bias is not None)
         self.qweight = pack(quantized.codes.T, bits)
-        self.qzeros = pack(quantized.zeros - 1, bits).T.contiguous()
+        real = quantized.zeros.is_floating_point()
+        self.qzeros = (quantized.zeros if real else pack(quantized.zeros - 1, bits)).T.contiguous()
         self.scales = quantized.scales.T.contiguous()
         self.g_idx = quantized.g_idx
         self.bias = bias
@@ -118,7 +121,9 @@ class QuantLinear(torch.nn.Module):
 
     @property
     def zeros(self) -> torch.Tensor:
-        """Zero points, uint8 [m, G]. Stored minus one, modulo 2^bits."""
+        """Zero points, uint8 [m, G], stored minus one, modulo 2^bits; or fp16, real ones."""
+        if self.qzeros.is_floating_point():
+            return self.qzeros.T
         return (unpack(self.qzeros.T.contiguous(), self.bits) + 1) & ((1 << self.bits) - 1)
 
     @functools.cached_property
@@ -281,6 +286,12 @@ def _random(in_features: int, out_features: int, bits: int, size: int, sequentia
 def quant_linears(model: torch.nn.Module) -> list[QuantLinear]:
     """The packed Linears of a model."""
     return [module for module in model.modules() if isinstance(module, QuantLinear)]
+
+
+def check_storable(model: torch.nn.Module) -> None:
+    """Raise InputError for a model with real zero points, for which checkpoints have no place."""
+    if any(linear.qzeros.is_floating_point() for linear in quant_linears(model)):
+        raise InputError("real zero points fit into no GPTQ checkpoint: quantize with integer ones to save the model.")
 
 
 def prepare(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ class Quantized:
     Attributes:
         codes: uint8 [rows, columns], the integers q.
         scales: fp16 [rows, groups].
-        zeros: uint8 [rows, groups], 1 .. 2^bits - 1 (checkpoints store z - 1).
+        zeros: uint8 [rows, groups], 1 .. 2^bits - 1 (checkpoints store z - 1); or fp16, real ones.
         g_idx: int32 [columns], the group of each input column.
         error: tr((W-Q) H (W-Q)^T) / tr(W H W^T), the relative squared error of the layer's outputs on the calibration
             text; NaN where no Hessian was given.

@@ -46,7 +46,7 @@ void round_row(const T* x, int64_t n, int64_t group, int8_t* x8, float* d, float
 
 // y of R rows and one tile. BITS 8: a byte is a code, whose two nibbles are multiplied by the same x8.
 template <int BITS, int R>
-void tile_rows(const uint8_t* codes, const at::Half* s, const uint8_t* z, int64_t n, int64_t group, const int8_t* x8,
+void tile_rows(const uint8_t* codes, const at::Half* s, const at::Half* z, int64_t n, int64_t group, const int8_t* x8,
                const float* d, const float* X, float* y, int64_t stride) {
   constexpr int VECTORS = BLOCK * BITS / 32;  // of a block and a tile: 4 bytes of each output
   const int64_t blocks = n / BLOCK, groups = n / group, together = group / BLOCK;
@@ -55,7 +55,7 @@ void tile_rows(const uint8_t* codes, const at::Half* s, const uint8_t* z, int64_
     for (int t = 0; t < R; t++) total[t] = splat(0);
     for (int64_t g = 0; g < groups; g++) {
       Lanes sum[R];
-      const Lanes zero = load_bytes(z + g * TILE + part), scale = load_halves(s + g * TILE + part);
+      const Lanes zero = load_halves(z + g * TILE + part), scale = load_halves(s + g * TILE + part);
       for (int t = 0; t < R; t++) sum[t] = multiply_add(zero, splat(-X[t * groups + g]), splat(0));
       for (int64_t b = g * together; b < (g + 1) * together; b++) {
         Sums lows[R], highs[R];
@@ -88,13 +88,13 @@ void tile_rows(const uint8_t* codes, const at::Half* s, const uint8_t* z, int64_
 }
 
 template <int BITS, int R = ROWS>
-void some_rows(int64_t rows, const uint8_t* codes, const at::Half* s, const uint8_t* z, int64_t n, int64_t group,
+void some_rows(int64_t rows, const uint8_t* codes, const at::Half* s, const at::Half* z, int64_t n, int64_t group,
                const int8_t* x8, const float* d, const float* X, float* y, int64_t stride) {
   if (rows == R) return tile_rows<BITS, R>(codes, s, z, n, group, x8, d, X, y, stride);
   if constexpr (R > 1) some_rows<BITS, R - 1>(rows, codes, s, z, n, group, x8, d, X, y, stride);
 }
 
-// x [..., n], fp32, bf16 or fp16; codes uint8 [tiles, n / 32, 64 bits]; scales fp16 and zeros uint8 [tiles, groups, 16].
+// x [..., n], fp32, bf16 or fp16; codes uint8 [tiles, n / 32, 64 bits]; scales and zeros fp16 [tiles, groups, 16].
 // To y [..., outputs] in the dtype of x.
 at::Tensor packed_rows(const at::Tensor& given, const at::Tensor& codes, const at::Tensor& scales,
                        const at::Tensor& zeros, int64_t outputs) {
@@ -111,8 +111,8 @@ at::Tensor packed_rows(const at::Tensor& given, const at::Tensor& codes, const a
   });
   at::Tensor y = at::empty({rows, padded}, x.options().dtype(at::kFloat));
   float* out = y.data_ptr<float>();
-  const uint8_t *q = codes.const_data_ptr<uint8_t>(), *z = zeros.const_data_ptr<uint8_t>();
-  const at::Half* s = scales.const_data_ptr<at::Half>();
+  const uint8_t* q = codes.const_data_ptr<uint8_t>();
+  const at::Half *s = scales.const_data_ptr<at::Half>(), *z = zeros.const_data_ptr<at::Half>();
   const int64_t chunks = (rows + ROWS - 1) / ROWS;
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; tile++) {

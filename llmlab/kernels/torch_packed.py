@@ -24,7 +24,7 @@ class Int4Product(torch.nn.Module):
     Args:
         codes: int32 [m, n] in 0 .. 15; the columns of a group stand side by side.
         scales: float [m, G].
-        zeros: int [m, G], zero points in -8 .. 23: the kernel's own is 8, the rest becomes an offset in bf16.
+        zeros: [m, G], zero points: the kernel's own is 8, the rest becomes an offset in bf16.
         group_size: n / G, one of GROUP_SIZES.
         order: int64 [n], the column of x that stands at each column of the codes; None if in order.
     """
@@ -43,7 +43,7 @@ class Int4Product(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.group_size = group_size
-        offsets = (8 - zeros.int()) * scales.float()  # w = (code - 8) scale + offset
+        offsets = (8 - zeros.float()) * scales.float()  # w = (code - 8) scale + offset
         grid = torch.stack([scales.float(), offsets], dim=-1).transpose(0, 1).contiguous().bfloat16()  # [G, m, 2]
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1)
         for name, tensor in (("packed", packed), ("grid", grid), ("order", order)):
@@ -87,9 +87,10 @@ def int4_product(matrix: Quantized, bits: int) -> Int4Product:
     in_order = torch.equal(matrix.g_idx.long(), torch.arange(len(matrix.g_idx)) // size)
     order = None if in_order else torch.argsort(matrix.g_idx, stable=True)  # groups side by side again
     codes = (matrix.codes if order is None else matrix.codes[:, order]).int()
-    zeros = matrix.zeros.int()  # [m, G]
-    if bits < 4:  # there is room to move the zero point to 8, the kernel's own, where nothing is rounded
-        codes += (8 - zeros).repeat_interleave(size, dim=1)
+    zeros = matrix.zeros  # [m, G]
+    # Below 4 bits there is room to move the zero point to 8, the kernel's own, where nothing is rounded.
+    if bits < 4 and not zeros.is_floating_point():
+        codes += (8 - zeros.int()).repeat_interleave(size, dim=1)
         zeros = torch.full_like(zeros, 8)
     return Int4Product(codes, matrix.scales, zeros, size, order)
 

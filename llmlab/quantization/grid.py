@@ -22,6 +22,8 @@ SHRINKS = 24  # candidates of the grid search, from the full range of a group do
 SMALLEST = 0.4
 TARGETS = ("gptq", "gptaq", "qronos")
 GRIDS = ("shrink", "neuqi", "gptq")
+ZERO_POINTS = ("integer", "real")
+FAR = 64  # levels between zero and a group's weights: fp16 then still rounds a zero point by less than a 30th
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Scheme:
         target: what GPTQ's columns are rounded to: "gptq" keeps the outputs for the inputs that the quantized model
             gives, "gptaq" and "qronos" those of the exact model (see `targets`).
         sweeps: over the codes that GPTQ found, each behind a new fit of the scales to them (see `refine`).
+        zero_points: "integer", as checkpoints hold them, or "real": fp16 numbers, for copies that are not saved; the
+            grid then reaches from the least to the largest weight, as GGUF's Q4_1 does, and is not searched.
         head_bits: of the output head, which is rounded to nearest (see `head`); None leaves it as it is.
         damping: added to the Hessian's diagonal, as a share of its mean.
         at_least: share of the layers' weights that must be in matrices that can be packed; else it is refused.
@@ -56,6 +60,7 @@ class Scheme:
     grid: Literal["shrink", "neuqi", "gptq"] = "shrink"
     target: Literal["gptq", "gptaq", "qronos"] = "gptq"
     sweeps: int = 0
+    zero_points: Literal["integer", "real"] = "integer"
     head_bits: int | None = None
     damping: float = 0.01
     at_least: float = 0.9
@@ -76,7 +81,8 @@ class Scheme:
                 raise InputError(f"{bits} bits: choose one of {', '.join(map(str, BITS))}.")
         if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
             raise InputError(f"group size {self.group_size}: choose -1 (a whole row) or a multiple of 8 such as 64.")
-        for what, name, names in (("grid", self.grid, GRIDS), ("target", self.target, TARGETS)):
+        of_names = (("grid", self.grid, GRIDS), ("target", self.target, TARGETS))
+        for what, name, names in (*of_names, ("zero_points", self.zero_points, ZERO_POINTS)):
             if name not in names:
                 raise InputError(f"unknown {what} {name!r}: choose one of {', '.join(names)}.")
         if self.sweeps < 0:
@@ -110,8 +116,10 @@ def find_grid(
         upper: of the factor of the columns of weight [rows, columns], for the grid "gptq"; without it that is "neuqi".
 
     Returns:
-        (scales, zeros), fp32 [...]: scales as fp16 can hold them, zeros whole numbers in 1 .. 2^bits - 1.
+        (scales, zeros), fp32 [...]: scales as fp16 can hold them, zeros whole numbers in 1 .. 2^bits - 1, or real ones.
     """
+    if scheme.zero_points == "real":
+        return _whole_range(weight, scheme)
     importance = torch.ones_like(weight[..., :1]) if importance is None else importance
     if scheme.search and scheme.grid != "shrink" and not scheme.symmetric:
         if scheme.grid == "neuqi" or upper is None:
@@ -146,9 +154,18 @@ def _grid(low: torch.Tensor, high: torch.Tensor, scheme: Scheme) -> tuple[torch.
     return scales.clamp(max=HUGE).half().float(), zeros
 
 
+def _whole_range(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and real zero points of grids from the least to the largest weight, or to zero if that is far away."""
+    low, high = weight.amin(-1), weight.amax(-1)
+    far = torch.minimum(low.abs(), high.abs()) * scheme.levels > FAR * (high - low)
+    low, high = torch.where(far, low.clamp(max=0), low), torch.where(far, high.clamp(min=0), high)
+    scales = ((high - low) / scheme.levels).clamp(TINY, HUGE).half().float()
+    return scales, (-low / scales).half().float()
+
+
 def codes_of(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """q = clamp(round(w / s) + z), as floats; everything broadcasts."""
-    return torch.clamp(torch.round(weight / scales) + zeros, 0, scheme.levels)
+    """q = clamp(round(w / s + z)), as floats; everything broadcasts."""
+    return torch.clamp(torch.round(weight / scales + zeros), 0, scheme.levels)
 
 
 def round_to(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -177,7 +194,8 @@ def rtn(weight: torch.Tensor, scheme: Scheme) -> Quantized:
     scales, zeros = group_grids(weight, scheme)
     g_idx = torch.arange(weight.shape[1], device=weight.device) // size
     codes = codes_of(weight, scales[:, g_idx], zeros[:, g_idx], scheme)
-    return Quantized(codes.to(torch.uint8), scales.half(), zeros.to(torch.uint8), g_idx.int())
+    zeros = zeros.half() if scheme.zero_points == "real" else zeros.to(torch.uint8)
+    return Quantized(codes.to(torch.uint8), scales.half(), zeros, g_idx.int())
 
 
 def finite(tensor: torch.Tensor, what: str) -> torch.Tensor:

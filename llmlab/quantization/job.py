@@ -49,6 +49,8 @@ def quantize_to(
         NumericalError: see `quantize`.
     """
     scheme.check()
+    if scheme.zero_points == "real":
+        raise InputError("real zero points fit into no GPTQ checkpoint: give a scheme with integer ones.")
     target = new_folder(folder)
     if rows < 1:
         raise InputError(f"{rows} calibration rows: give a positive number.")
