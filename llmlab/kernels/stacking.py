@@ -33,5 +33,5 @@ def in_a_row(tensors: list[torch.Tensor]) -> None:
     if [tensor.data_ptr() for tensor in tensors[1:]] == ends[:-1]:  # by another engine of this model, or none
         return
     whole = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))  # memory is taken as it is written to
-    for tensor, place in zip(tensors, whole.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, place in zip(tensors, torch.split(whole, [tensor.numel() for tensor in tensors]), strict=True):
         tensor.data = place.view(tensor.shape).copy_(tensor)
