@@ -79,6 +79,8 @@ def test_greedy_ids_are_those_of_plain_decoding(request, smollm2, engine, plain,
     assert all(step.tokens[: step.accepted] == _path(step) for step in steps)
     if name == "itself" and k == 4:  # a draft that is the model is never rejected
         assert tally.acceptance_rate == 1.0
+    if name == "self-4bit":  # the built-in model comes from a 4-bit file: only activations are rounded
+        assert tally.acceptance_rate > 0.9
     if k == 4 and name in ("lookup", "suffix") and batch_size == 1:
         assert tally.tokens_per_pass > 1.3
 
