@@ -299,7 +299,7 @@ def test_a_head_in_few_bits_is_packed_saved_and_read_again(tiny, tmp_path):
     head, plain = whole.model.get_output_embeddings(), q.model.get_output_embeddings()
     assert isinstance(head, QuantLinear) and head.bits == 8 and type(plain) is torch.nn.Linear
     assert whole.model.get_input_embeddings().weight is q.model.get_input_embeddings().weight
-    rounded = rtn(plain.weight, Scheme(8, 32)).dequantize()
+    rounded = rtn(plain.weight, Scheme(8, 32, search=False)).dequantize()
     with reference_kernel(q, whole):
         expected = logits(q)
         assert 0 < (logits(whole) - expected).abs().max() < 0.02 * expected.abs().max()

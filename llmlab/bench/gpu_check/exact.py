@@ -21,7 +21,6 @@ from llmlab.kernels.packing import BITS, Quantized
 from llmlab.model.lm import DTYPES, decoder_layers
 from llmlab.quantization.gptq import Hessian, factorize, gptq
 from llmlab.quantization.grid import Scheme, codes_of, group_grids
-from llmlab.quantization.walk import quantize
 from llmlab.scoring import reference, shared
 from llmlab.scoring.encode import encode
 
@@ -30,7 +29,6 @@ SMALL, LARGE = (96, 256), (6656, 17920)  # outputs, inputs: the second are LLaMA
 ROUNDING = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.6e-2}  # relative error of a packed product on a GPU, by dtype
 TEXTS = ("The capital of France is", "one two three four one two three four one two", "def add(a, b):")
 NEW_TOKENS = 16
-LAYERS = Scheme(4, 32, search=False)  # of a draft that is a model's own 4-bit copy
 SAME_CODES = 0.98  # share of GPTQ's codes: a rounding that lies in the middle may go either way
 MATH = "aten::_scaled_dot_product_attention_math"  # attention that writes every score into memory
 
@@ -98,8 +96,7 @@ def decoding(given: Given) -> Finding:
     texts = TEXTS if given.on_gpu else TEXTS[1:2]
     prompts = encode_prompts(given.writer, list(texts), max_new_tokens=NEW_TOKENS, chat=False)
     engine = Engine(given.writer)
-    # On CPU the draft's output head stays as it is: its grids take half a minute to search.
-    packed = self_4bit(given.writer) if given.on_gpu else quantize(given.writer, method="rtn", scheme=LAYERS)
+    packed = self_4bit(given.writer)
     right = _ids(transformers_generate(given.writer, NEW_TOKENS), prompts)
     drafts = ("", "lookup", "self-4bit", "lookup, self-4bit")[:: 1 if given.on_gpu else 3]
     others = {draft or "plain": _ids(own(engine, NEW_TOKENS, draft, packed), prompts) for draft in drafts}
