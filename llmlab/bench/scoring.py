@@ -11,7 +11,7 @@ from llmlab.base.clock import compare, speedup
 from llmlab.base.errors import InputError
 from llmlab.base.stats import Metric
 from llmlab.bench.ablation import ablation, keeping, max_delta, scoring_flops
-from llmlab.data import Question
+from llmlab.data import Question, ids_fingerprint
 from llmlab.kernels.plain import onednn_helps, onednn_linear
 from llmlab.measure.memory import peak_bytes
 from llmlab.measure.record import Measurement, Row
@@ -119,11 +119,13 @@ def bench_scoring(lm: LM, half: LM | None, questions: list[Question], *, repeats
         details |= {f"lm_eval_batch_size{suffix}": size, f"lm_eval_tuning_seconds{suffix}": tried}
     details |= {"half": half.dtype, half.dtype: agreements[f"_{half.dtype}"]} if half else {}
     details["ablation"] = ablation(lm, half, questions, rates).to_dict("records")
+    sizes = ", ".join(map(str, tuning[""][1]))
     protocol = (
         f"from text, interleaved, median of {repeats}; baseline lm-evaluation-harness HFLM at its best of "
-        f"batch sizes {', '.join(map(str, tuning[''][1]))}, same weights, dtype and threads"
+        f"batch sizes {sizes}, same weights, dtype and threads"
     )
-    settings = {"method": "shared", "half": half.dtype if half else "none"}
+    settings = {"method": "shared", "half": half.dtype if half else "none", "baseline_batch_sizes": sizes}
+    settings["token_ids"] = ids_fingerprint([s.n_context, *s.ids] for s in sequences)
     values["seconds"] = Metric(seconds["shared"], "s")
     return Measurement("bench scoring", values, len(questions), protocol, settings=settings, details=details)
 
