@@ -255,6 +255,7 @@ def with_bos(lm):
 TEXT = "The kettle sings, and the tea is hot. She reads the paper by the window. " * 8
 
 
+@pytest.mark.parametrize("tiny", ["llama"], indirect=True)
 @pytest.mark.parametrize(
     ("run", "other", "said"),
     [
@@ -272,11 +273,13 @@ TEXT = "The kettle sings, and the tea is hot. She reads the paper by the window.
     ],
 )
 def test_what_changes_a_number_keeps_two_records_apart(run, other, said, tiny, rows, tmp_path):
-    given = {
-        llmlab.perplexity: {"text": TEXT, "context": 12, "max_windows": 3},
-        llmlab.generate: {"prompts": ["A dog"], "max_new_tokens": 4, "draft": llmlab.PromptLookup()},
-        llmlab.score: {"questions": rows[:3]},
-    }[run]
+    if run is llmlab.perplexity:
+        given = {"text": TEXT, "context": 12, "max_windows": 3}
+    elif run is llmlab.score:
+        given = {"questions": rows[:3]}
+    else:
+        given = {"prompts": ["A dog"], "max_new_tokens": 4, "draft": llmlab.PromptLookup()}
+        given["engine"] = llmlab.Engine(tiny)
     changed = given | other
     lm = changed.pop("lm", lambda lm: lm)(tiny)
     a, b = store(tmp_path / "a.jsonl", describe(tiny, run(tiny, **given))), tmp_path / "b.jsonl"

@@ -65,21 +65,17 @@ def compare(a: str | Path, b: str | Path) -> pd.DataFrame:
     common = [key for key in sides[0] if key in sides[1]]
     if not common:
         in_a, in_b = ("; ".join(f"({title(key)})" for key in side) for side in sides)
-        apart = "; ".join(_differences(*([_asked(row) for rows in side.values() for row in rows] for side in sides)))
-        raise InputError(
-            f"{a} and {b} have no record in common ({apart}; {', '.join(KEY)} must be equal): A has {in_a}; B has {in_b}."
-        )
+        asked = [[{k: str(row[k]) for k in WORK} | row["settings"] for row in side] for side in (left, right)]
+        why = "; ".join([*_differences(*asked), f"{', '.join(KEY)} must be equal"])
+        raise InputError(f"{a} and {b} have no record in common ({why}): A has {in_a}; B has {in_b}.")
     notes += _differences(*([_facts(row) for key in common for row in side[key]] for side in sides))
     rows: list[Row] = []
     for key in common:
         pair = [side[key] for side in sides]
-        ways = [{(row["protocol"].translate(NUMBERS), row["warmup"]) for row in side} for side in pair]
-        results = _metrics(*pair)
-        if not ways[0] & ways[1]:
-            told = [[{"protocol": repr(side[-1]["protocol"]), "warm-up": f"{side[-1]['warmup']} runs"}] for side in pair]
-            notes += [f"{title(key)}: {note}" for note in _differences(*told)]
-            if all(row["schema"] == SCHEMA for side in pair for row in side):  # older protocols were worded otherwise
-                results = [{k: v for k, v in row.items() if k in OWN} | {"verdict": REFUSED} for row in results]
+        results, apart = _metrics(*pair), _protocols(*pair)
+        notes += [f"{title(key)}: {note}" for note in apart]
+        if apart and all(row["schema"] == SCHEMA for side in pair for row in side):  # older ones had other words
+            results = [{k: v for k, v in row.items() if k in OWN} | {"verdict": REFUSED} for row in results]
         rows += [dict(zip(KEY, key, strict=True)) | row for row in results]
     judged = [row for row in rows if "p" in row]
     for row, p in zip(judged, holm([row["p"] for row in judged]), strict=True):
@@ -170,9 +166,13 @@ def _key(row: Row) -> Key:
     return *(row[name] for name in WORK), settings
 
 
-def _asked(row: Row) -> dict[str, str]:
-    """What must be equal in two runs that are compared, by name."""
-    return {name: str(row[name]) for name in WORK} | row["settings"]
+def _protocols(left: list[Row], right: list[Row]) -> list[str]:
+    """What differs in how two sides measured, if no run of one was measured as a run of the other was."""
+    ways = [{(row["protocol"].translate(NUMBERS), row["warmup"]) for row in side} for side in (left, right)]
+    if ways[0] & ways[1]:
+        return []
+    newest = [{"protocol": repr(row["protocol"]), "warm-up": f"{row['warmup']} runs"} for row in (left[-1], right[-1])]
+    return _differences(*([told] for told in newest))
 
 
 def _alone(left: Side, right: Side) -> list[str]:

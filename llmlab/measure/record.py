@@ -82,7 +82,7 @@ class Record:
     device: str
     threads: int
     track: Literal["exact", "open"]  # the model's own arithmetic, or accuracy may pay for speed
-    protocol: str  # how it was measured, in one line for people
+    protocol: str  # how it was measured, in one line for people; numbers that were chosen stand in `settings`, too
     data: str  # fingerprint or name
     settings: dict[str, str] = field(default_factory=dict)  # {"batch_size": "8"}, say: with others it is another run
     weight_bytes: int | None = None
