@@ -132,12 +132,8 @@ def bench_quantization(
     table = [row | speeds.get(name, {}) for name, row in rows.items()]
     ratios = summary(rows)
     values = {name: Metric(ratio, "x") for name, ratio in ratios.items() if ratio is not None} | speedups
-    told: Row = {
-        "n": len(questions),
-        "calibration_tokens": calibration.numel(),
-        "rows": table,
-        "gptqmodel": reason,
-    } | ratios
+    told: Row = {"n": len(questions), "calibration_tokens": calibration.numel(), "rows": table, "gptqmodel": reason}
+    told |= ratios
     for name, ratio in speedups.items():
         told |= {name: ratio.value, f"{name}_interval": [ratio.low, ratio.high]}
     protocol = f"{rows['fp32']['perplexity_protocol']}; {calibration.numel()} calibration tokens"

@@ -100,9 +100,8 @@ def bench_scoring(lm: LM, half: LM | None, questions: list[Question], *, repeats
     flops = scoring_flops(lm, tries, sum(trie.asked for trie in tries))
     pairs = [("speedup_vs_lm_eval", "lm_eval", "shared"), ("speedup_vs_reference", "reference", "shared")]
     if half:
-        name = half.dtype
-        pairs += [(f"speedup_{name}", f"lm_eval_{name}", f"shared_{name}")]
-        pairs += [(f"speedup_{name}_vs_lm_eval_fp32", "lm_eval", f"shared_{name}")]
+        pairs += [(f"speedup_{half.dtype}", f"lm_eval_{half.dtype}", f"shared_{half.dtype}")]
+        pairs += [(f"speedup_{half.dtype}_vs_lm_eval_fp32", "lm_eval", f"shared_{half.dtype}")]
     values = {name: speedup(timings[slow], timings[fast]) for name, slow, fast in pairs}
     agreements = {s: _agreement(questions, log_probs["lm_eval"], log_probs[f"shared{s}"]) for s in models}
     values["prediction_agreement"] = Metric(agreements[""]["prediction_agreement"])
