@@ -219,6 +219,14 @@ def test_old_records_are_matched_by_what_is_known_of_their_settings(tmp_path):
     assert list(compare(tmp_path / "old.json", b)["verdict"]) == ["within noise"]
 
 
+def test_records_without_a_fingerprint_are_matched_with_a_note(tmp_path):
+    a = one(tmp_path / "a.jsonl", schema=2, settings={"context": "512"})
+    b = one(tmp_path / "b.jsonl", settings={"context": "512", "token_ids": "sha256:1"})
+    found = compare(a, b)
+    assert list(found["verdict"]) == ["within noise"]
+    assert found.attrs["notes"][0].endswith("an old record in A does not tell all these settings")
+
+
 def test_numbers_of_other_protocols_are_not_judged(tmp_path):
     b = one(tmp_path / "b.jsonl", protocol="shared path, 12 passes")
     same = compare(one(tmp_path / "a.jsonl", protocol="shared path, 1,110.5 passes"), b)

@@ -138,7 +138,7 @@ def _read(path: Path) -> list[Row]:
 
 
 def _complete(rows: list[Row], others: list[Row], side: str) -> list[str]:
-    """Old records (schema 1) tell few settings: each takes those of the other side's newest run that it does not
+    """Old records tell fewer settings: each takes those of the other side's newest run that it does not
     contradict. What was taken, a note for each kind of run."""
     notes = []
     for row in (row for row in rows if row["schema"] < SCHEMA):

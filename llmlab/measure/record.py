@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from llmlab.scoring.perplexity import PerplexityResult
     from llmlab.scoring.score import ScoreResult
 
-SCHEMA = 2  # 1 had neither settings nor memory_bytes
+SCHEMA = 3  # 1 had neither settings nor memory_bytes, 2 no token_ids among the settings
 
 Row = dict[str, Any]  # a record as its line of JSON holds it
 
@@ -223,7 +223,7 @@ def current(row: Row) -> Row:
     """
     if row["schema"] > SCHEMA:
         raise ValueError(f"its schema {row['schema']} is newer than {SCHEMA}")
-    if row["schema"] == SCHEMA:
+    if row["schema"] > 1:
         return row
     match = next(filter(None, (re.match(pattern, row.get("protocol", "")) for pattern in TOLD)), None)
     settings = {name: value for name, value in match.groupdict().items() if value} if match else {}
