@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -166,9 +166,18 @@ def clean(text: str) -> str:
 
 def fingerprint(questions: list[Question]) -> str:
     """SHA-256 over the texts and labels, so that two records can be known to be of the same questions."""
+    return _sha256([question.context, question.endings, question.label] for question in questions)
+
+
+def ids_fingerprint(rows: Iterable[Sequence[int]]) -> str:
+    """SHA-256 over token ids that a model reads: another text, BOS, chat template or tokenization gives another one."""
+    return _sha256(map(list, rows))
+
+
+def _sha256(values: Iterable[object]) -> str:
     digest = hashlib.sha256()
-    for question in questions:
-        digest.update(json.dumps([question.context, question.endings, question.label]).encode())
+    for value in values:
+        digest.update(json.dumps(value).encode())
     return f"sha256:{digest.hexdigest()[:16]}"
 
 

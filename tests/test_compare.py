@@ -1,17 +1,21 @@
+import copy
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import CHECKOUT
 from test_record import make
+from tokenizers.processors import TemplateProcessing
 
+import llmlab
 from llmlab import InputError, Metric
 from llmlab.cli.main import main
 from llmlab.lab.figures.tradeoffs import pareto
 from llmlab.measure.compare import ENOUGH, compare, direction, holm, pooled
-from llmlab.measure.record import append
+from llmlab.measure.record import append, describe
 
 
 def store(path, *records):
@@ -215,12 +219,82 @@ def test_old_records_are_matched_by_what_is_known_of_their_settings(tmp_path):
     assert list(compare(tmp_path / "old.json", b)["verdict"]) == ["within noise"]
 
 
-def test_other_protocols_are_noted(tmp_path):
+def test_records_without_a_fingerprint_are_matched_with_a_note(tmp_path):
+    a = one(tmp_path / "a.jsonl", schema=2, settings={"context": "512"})
+    b = one(tmp_path / "b.jsonl", settings={"context": "512", "token_ids": "sha256:1"})
+    found = compare(a, b)
+    assert list(found["verdict"]) == ["within noise"]
+    assert found.attrs["notes"][0].endswith("an old record in A does not tell all these settings")
+
+
+def test_numbers_of_other_protocols_are_not_judged(tmp_path):
     b = one(tmp_path / "b.jsonl", protocol="shared path, 12 passes")
-    assert compare(one(tmp_path / "a.jsonl", protocol="shared path, 1,110.5 passes"), b).attrs["notes"] == []
-    other = one(tmp_path / "c.jsonl", protocol="a third way")
-    (note,) = compare(b, other).attrs["notes"]
-    assert "the protocols differ, 'shared path, 12 passes' in A and 'a third way' in B" in note
+    same = compare(one(tmp_path / "a.jsonl", protocol="shared path, 1,110.5 passes"), b)
+    assert (list(same["verdict"]), same.attrs["notes"]) == (["within noise"], [])
+    found = compare(b, one(tmp_path / "c.jsonl", value=9.0, protocol="a third way"))
+    assert list(found["verdict"]) == ["not judged: the protocols differ"]
+    assert (found["a"][0], found["b"][0]) == (1.0, 9.0) and found[["change", "p"]].isna().all(axis=None)
+    (note,) = found.attrs["notes"]
+    assert note.endswith("n 3: protocol differs: 'shared path, 12 passes' in A, 'a third way' in B")
+    assert list(compare(one(b, protocol="a third way"), tmp_path / "c.jsonl")["verdict"]) != list(found["verdict"])
+
+
+def test_a_cold_run_is_not_judged_against_a_warm_one(tmp_path):
+    found = compare(one(tmp_path / "a.jsonl"), one(tmp_path / "b.jsonl", warmup=1))
+    assert list(found["verdict"]) == ["not judged: the protocols differ"]
+    assert found.attrs["notes"] == ["test, m fp32 on cpu, data none, n 3: warm-up differs: 0 runs in A, 1 runs in B"]
+
+
+def test_old_records_of_other_protocols_are_judged_with_a_note(tmp_path):
+    """Their wording was another one: that alone is no other protocol."""
+    found = compare(old(tmp_path / "a.jsonl", "in other words"), one(tmp_path / "b.jsonl"))
+    assert list(found["verdict"]) == ["within noise"]
+    assert "protocol differs: 'in other words' in A, 'by hand' in B" in found.attrs["notes"][0]
+
+
+def with_bos(lm):
+    """The same model and a tokenizer that puts a special token before each text."""
+    changed = copy.deepcopy(lm.tokenizer)
+    backend, (token, number) = changed.backend_tokenizer, (changed.eos_token, changed.eos_token_id)
+    backend.post_processor = TemplateProcessing(f"{token} $A", f"{token} $A $B", [(token, number)])
+    return replace(lm, tokenizer=changed)
+
+
+TEXT = "The kettle sings, and the tea is hot. She reads the paper by the window. " * 8
+
+
+@pytest.mark.parametrize("tiny", ["llama"], indirect=True)
+@pytest.mark.parametrize(
+    ("run", "other", "said"),
+    [
+        (llmlab.perplexity, {"context": 24}, "context differs: 12 in A, 24 in B"),
+        (llmlab.perplexity, {"stride": 6}, "stride differs: 12 in A, 6 in B"),
+        (llmlab.perplexity, {"text": TEXT.replace("tea", "cup")}, "token_ids differs"),
+        (llmlab.perplexity, {"lm": with_bos}, "token_ids differs"),
+        (llmlab.generate, {"prompts": ["The cat"]}, "token_ids differs"),
+        (llmlab.generate, {"max_new_tokens": 3}, "max_new_tokens differs: 4 in A, 3 in B"),
+        (llmlab.generate, {"k": 2}, "k differs: adaptive in A, 2 in B"),
+        (llmlab.generate, {"draft": None}, "draft differs: lookup in A, none in B"),
+        (llmlab.generate, {"batch_size": 2}, "batch_size differs: 1 in A, 2 in B"),
+        (llmlab.score, {"lm": with_bos}, "token_ids differs"),
+        (llmlab.score, {"method": "reference"}, "method differs: shared in A, reference in B"),
+    ],
+)
+def test_what_changes_a_number_keeps_two_records_apart(run, other, said, tiny, rows, tmp_path):
+    if run is llmlab.perplexity:
+        given = {"text": TEXT, "context": 12, "max_windows": 3}
+    elif run is llmlab.score:
+        given = {"questions": rows[:3]}
+    else:
+        given = {"prompts": ["A dog"], "max_new_tokens": 4, "draft": llmlab.PromptLookup()}
+        given["engine"] = llmlab.Engine(tiny)
+    changed = given | other
+    lm = changed.pop("lm", lambda lm: lm)(tiny)
+    a, b = store(tmp_path / "a.jsonl", describe(tiny, run(tiny, **given))), tmp_path / "b.jsonl"
+    with pytest.raises(InputError, match=f"have no record in common .*{said}.*; task, model"):
+        compare(a, store(b, describe(lm, run(lm, **changed))))
+    again = compare(a, store(tmp_path / "c.jsonl", describe(tiny, run(tiny, **given))))
+    assert not again["verdict"].str.contains("protocol").any() and not again.attrs["notes"]
 
 
 def test_metrics_and_records_of_one_side_are_said(tmp_path):
@@ -252,6 +326,8 @@ def test_what_cannot_be_compared_is_bad_input(tmp_path):
         compare(a, tmp_path / "bad.json")
     other = one(tmp_path / "b.jsonl", dtype="bf16")
     with pytest.raises(InputError, match=r"no record in common .*A has \(test, m fp32 on cpu.*; B has \(test, m bf16"):
+        compare(a, other)
+    with pytest.raises(InputError, match=r"no record in common \(dtype differs: fp32 in A, bf16 in B; task, model"):
         compare(a, other)
 
 

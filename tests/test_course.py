@@ -1,6 +1,7 @@
 """The course: toys that stand alone and equal the library, exercises with their solutions, the cell for Colab."""
 
 import importlib.util
+import math
 import re
 import runpy
 import subprocess
@@ -13,7 +14,7 @@ from llmlab import InputError
 from llmlab.lab.exercises import EXERCISES, check, verdict
 
 PATHS = sorted((CHECKOUT / "notebooks").glob("[0-9]*.ipynb"))
-LOADS_A_MODEL = ("00", "02", "04", "05")
+LOADS_A_MODEL = ("00", "02", "04", "05", "08")
 CHECK = re.compile(r'check\("([\d-]+)", (\w+)\)')
 
 
@@ -95,6 +96,8 @@ WRONG = {  # what somebody may well write
     "06-2": lambda gained, lost: abs(gained - lost) / (gained + lost),
     "07-1": lambda prediction: prediction.flops / (125e12 * prediction.seconds),
     "07-2": lambda prediction: 4 * 300 * prediction.seconds / 3.6e6,
+    "08-1": lambda nll, tokens, words: math.exp(nll) * tokens / words,
+    "08-2": lambda p: [min(1.0, value * len(p)) for value in p],
 }
 
 

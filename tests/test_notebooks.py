@@ -15,6 +15,7 @@ SMALL = {
     "05_shared_prefix_scoring": {"limit": 2, "min_runs": 1},
     "06_trade_offs": {"live": [["fp32", "none", "1", ""]], "limit": 2, "new_tokens": 2},
     "07_challenge": {"limit": 1, "min_runs": 1},
+    "08_why_papers_disagree": {"tokens": 256, "contexts": [64, 128], "limit": 2, "new_tokens": 6, "repeats": 1},
     "01_where_time_goes": {"prompt_tokens": 16, "widths": [1, 8], "min_runs": 3},
 }
 

@@ -52,7 +52,7 @@ def test_batches_do_not_change_it(tiny):
     many = llmlab.perplexity(tiny, TEXT, context=48, batch_size=5)
     assert many.nll == pytest.approx(one.nll, abs=1e-5)
     assert one.perplexity.low < one.perplexity.value < one.perplexity.high
-    assert many.settings == {"context": "48", "stride": "48", "batch_size": "5"}
+    assert many.settings.items() > {"context": "48", "stride": "48", "batch_size": "5"}.items()
     plain = json.loads(json.dumps(many.as_dict()))
     assert (plain["perplexity"], plain["n"], plain["settings"]) == (many.perplexity.value, many.n, many.settings)
 

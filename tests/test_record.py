@@ -38,7 +38,7 @@ def test_a_record_says_everything_needed_to_trust_it(tiny, rows):
     assert row["settings"] == result.settings
     assert row["settings"]["method"] == "shared"
     assert row["weight_bytes"] == tiny.weight_bytes
-    assert row["schema"] == 2
+    assert row["schema"] == 3
 
 
 def test_a_result_of_ones_own_tells_its_settings_its_seed_and_its_memory(tiny):
@@ -157,7 +157,7 @@ def test_records_of_a_newer_schema_are_reported_and_skipped(tmp_path):
     path = tmp_path / "records.jsonl"
     append(make(1.0), path)
     path.write_text(path.read_text() + json.dumps(make(2.0).as_dict() | {"schema": 99}) + "\n")
-    with pytest.warns(UserWarning, match="newer than 2"):
+    with pytest.warns(UserWarning, match="newer than 3"):
         assert len(read_records(path)) == 1
 
 

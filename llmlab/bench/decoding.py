@@ -14,7 +14,7 @@ import torch
 
 from llmlab.base.stats import Metric
 from llmlab.bench.decoders import Decoder, llamacpp, own, transformers_generate
-from llmlab.data import Prompt
+from llmlab.data import Prompt, ids_fingerprint
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import encode_prompts
 from llmlab.decoding.writer import Run
@@ -75,6 +75,7 @@ def bench_decoding(
     single = _single_decoders(exact, half, packed, new_tokens, compile) + [*peer]
     bandwidth = measure_bandwidth(lm.device).value
     work = units(lm, prompts, 1, per_kind, new_tokens)
+    settings = {"max_new_tokens": str(new_tokens), "token_ids": ids_fingerprint(unit.prompts[0] for unit in work)}
     run_all(single, work, repeats)
     rows: list[Row] = []
     for decoder in single:
@@ -105,7 +106,7 @@ def bench_decoding(
     by_kind = {"cascade_speedup": {row["kind"]: row["speedup_vs_plain"] for row in cascade}}
     details = told | {"llamacpp": reason, "rows": rows, "greedy_equal": equal} | ratios | by_kind
     values["greedy_equal"] = Metric(float(equal))
-    return Measurement("bench decoding", values, len(prompts), protocol, details=details)
+    return Measurement("bench decoding", values, len(prompts), protocol, settings=settings, details=details)
 
 
 def _single_decoders(exact: Engine, half: LM | None, packed: LM, new_tokens: int, compile: bool) -> list[Decoder]:

@@ -14,7 +14,7 @@ from llmlab.base.clock import Timing, compare, speedup
 from llmlab.base.stats import Metric
 from llmlab.bench.ablation import keeping
 from llmlab.bench.peers import missing, peer_quantize
-from llmlab.data import Question
+from llmlab.data import Question, ids_fingerprint
 from llmlab.decoding.generate import generate
 from llmlab.kernels.fast import half_dtype, packed_dtype
 from llmlab.kernels.packed_linear import quant_linears
@@ -132,16 +132,13 @@ def bench_quantization(
     table = [row | speeds.get(name, {}) for name, row in rows.items()]
     ratios = summary(rows)
     values = {name: Metric(ratio, "x") for name, ratio in ratios.items() if ratio is not None} | speedups
-    told: Row = {
-        "n": len(questions),
-        "calibration_tokens": calibration.numel(),
-        "rows": table,
-        "gptqmodel": reason,
-    } | ratios
+    told: Row = {"n": len(questions), "calibration_tokens": calibration.numel(), "rows": table, "gptqmodel": reason}
+    told |= ratios
     for name, ratio in speedups.items():
         told |= {name: ratio.value, f"{name}_interval": [ratio.low, ratio.high]}
     protocol = f"{rows['fp32']['perplexity_protocol']}; {calibration.numel()} calibration tokens"
-    return Measurement("bench quantization", values, len(questions), protocol, details=told)
+    settings = {"token_ids": ids_fingerprint([*calibration.tolist(), lm.input_ids(text)])}
+    return Measurement("bench quantization", values, len(questions), protocol, settings=settings, details=told)
 
 
 def _costs(job: Callable[[], LM], device: torch.device) -> tuple[LM, Row]:
@@ -216,6 +213,8 @@ def quantizing(lm: LM, report: Report) -> Measurement:
         "worst_error": Metric(worst["error"] if worst else float("nan")),
     }
     where = worst["name"] if worst else "no layer: all were finished before"
-    protocol = f"{report.tokens} calibration tokens; relative squared error of outputs, worst in {where}"
-    settings = {"kept": f"{len(report.kept)} matrices: {in_short(report.kept)}"} if report.kept else {}
-    return Measurement("quantize", values, len(report.linears), protocol, settings=settings)
+    protocol = f"{report.tokens} calibration tokens; relative squared error of outputs"
+    settings = {"calibration_tokens": str(report.tokens)}
+    settings |= {"kept": f"{len(report.kept)} matrices: {in_short(report.kept)}"} if report.kept else {}
+    details: Row = {"worst_in": where}
+    return Measurement("quantize", values, len(report.linears), protocol, settings=settings, details=details)

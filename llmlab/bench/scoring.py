@@ -11,7 +11,7 @@ from llmlab.base.clock import compare, speedup
 from llmlab.base.errors import InputError
 from llmlab.base.stats import Metric
 from llmlab.bench.ablation import ablation, keeping, max_delta, scoring_flops
-from llmlab.data import Question
+from llmlab.data import Question, ids_fingerprint
 from llmlab.kernels.plain import onednn_helps, onednn_linear
 from llmlab.measure.memory import peak_bytes
 from llmlab.measure.record import Measurement, Row
@@ -100,9 +100,8 @@ def bench_scoring(lm: LM, half: LM | None, questions: list[Question], *, repeats
     flops = scoring_flops(lm, tries, sum(trie.asked for trie in tries))
     pairs = [("speedup_vs_lm_eval", "lm_eval", "shared"), ("speedup_vs_reference", "reference", "shared")]
     if half:
-        name = half.dtype
-        pairs += [(f"speedup_{name}", f"lm_eval_{name}", f"shared_{name}")]
-        pairs += [(f"speedup_{name}_vs_lm_eval_fp32", "lm_eval", f"shared_{name}")]
+        pairs += [(f"speedup_{half.dtype}", f"lm_eval_{half.dtype}", f"shared_{half.dtype}")]
+        pairs += [(f"speedup_{half.dtype}_vs_lm_eval_fp32", "lm_eval", f"shared_{half.dtype}")]
     values = {name: speedup(timings[slow], timings[fast]) for name, slow, fast in pairs}
     agreements = {s: _agreement(questions, log_probs["lm_eval"], log_probs[f"shared{s}"]) for s in models}
     values["prediction_agreement"] = Metric(agreements[""]["prediction_agreement"])
@@ -119,11 +118,13 @@ def bench_scoring(lm: LM, half: LM | None, questions: list[Question], *, repeats
         details |= {f"lm_eval_batch_size{suffix}": size, f"lm_eval_tuning_seconds{suffix}": tried}
     details |= {"half": half.dtype, half.dtype: agreements[f"_{half.dtype}"]} if half else {}
     details["ablation"] = ablation(lm, half, questions, rates).to_dict("records")
+    sizes = ", ".join(map(str, tuning[""][1]))
     protocol = (
         f"from text, interleaved, median of {repeats}; baseline lm-evaluation-harness HFLM at its best of "
-        f"batch sizes {', '.join(map(str, tuning[''][1]))}, same weights, dtype and threads"
+        f"batch sizes {sizes}, same weights, dtype and threads"
     )
-    settings = {"method": "shared", "half": half.dtype if half else "none"}
+    settings = {"method": "shared", "half": half.dtype if half else "none", "baseline_batch_sizes": sizes}
+    settings["token_ids"] = ids_fingerprint([s.n_context, *s.ids] for s in sequences)
     values["seconds"] = Metric(seconds["shared"], "s")
     return Measurement("bench scoring", values, len(questions), protocol, settings=settings, details=details)
 

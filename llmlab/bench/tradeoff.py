@@ -132,8 +132,7 @@ def measure_point(
     protocol = (
         f"{combination.name}; {scored.protocol}; speed: {effort.repeats} runs behind a warm-up, {effort.timed} "
         f"questions, {len(given.prompts)} prompts x {effort.new_tokens} tokens, greedy, batch size 1; perplexity: "
-        f"{perplexities}, on one device; calibration: {effort.rows} rows of other text; energy: "
-        f"{'decoding' if joules else 'not measured here'}, {measurable[1]}"
+        f"{perplexities}, on one device; calibration: {effort.rows} rows of other text"
     )
     settings = asdict(combination) | {"calibration_rows": str(effort.rows)}
     settings |= {"windows": str(effort.windows), "max_new_tokens": str(effort.new_tokens)}

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from llmlab.base.errors import InputError
 from llmlab.base.progress import progress
+from llmlab.data import ids_fingerprint
 from llmlab.decoding.draft import Draft
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.generation_config import end_tokens, unapplied
@@ -119,6 +120,9 @@ def _result(
         speculation=runs[-1].speculation,
         cache=writer.engine.kind,
         memory_bytes=writer.memory_bytes,
+        max_new_tokens=writer.settings.max_new_tokens,
+        k=writer.settings.k,
+        token_ids=ids_fingerprint(encoded),
     )
 
 

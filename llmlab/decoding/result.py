@@ -41,6 +41,8 @@ class GenerateResult:
         speculation: what was drafted and accepted, and what the cost model says; None for plain decoding.
         cache: what kept the past: the static KV cache, or transformers' own where that is not exact for the model.
         sampling: what is set of `Sampling` beside temperature and nucleus.
+        max_new_tokens, k: as `generate` was told.
+        token_ids: a fingerprint of the prompts', the chat template's and special ones included.
         memory_bytes: what the engine and its drafts held: weights, copies of them in other layouts, caches.
     """
 
@@ -62,6 +64,9 @@ class GenerateResult:
     cache: str = "static KV cache"
     memory_bytes: int | None = None
     sampling: dict[str, str] = field(default_factory=dict)
+    max_new_tokens: int = 0
+    k: int | None = None
+    token_ids: str = ""
     task: str = "generate"
     data: str = "prompts"
 
@@ -88,6 +93,9 @@ class GenerateResult:
             "top_p": f"{self.top_p:g}",
             "batch_size": str(self.batch_size),
             "draft": self.draft,
+            "k": ("adaptive" if self.k is None else str(self.k)) if self.draft else "",
+            "max_new_tokens": str(self.max_new_tokens),
+            "token_ids": self.token_ids,
         } | self.sampling
 
     @property

@@ -18,12 +18,14 @@ from llmlab.data import Question
 from llmlab.decoding.cost import best_k, expected_tokens
 from llmlab.decoding.draft import Proposal, Sampling
 from llmlab.decoding.verify import verify
+from llmlab.measure.compare import holm
 from llmlab.measure.roofline import Peaks
 from llmlab.model.load import model_card
 from llmlab.quantization.gptq import factorize, relative_error
 from llmlab.quantization.grid import Scheme, find_grid, rtn
 from llmlab.scoring.attention import ancestor_mask
 from llmlab.scoring.encode import Sequence
+from llmlab.scoring.perplexity import PerplexityResult
 from llmlab.scoring.score import summarize
 from llmlab.scoring.scores import Scores, Work
 from llmlab.scoring.trie import Trie, build
@@ -136,6 +138,10 @@ def _layer() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     weight, mix, noise = (torch.randn(n, 64, generator=generator) for n in (32, 64, 256))
     return weight, noise @ mix
+
+
+def _per_word(nll: float, tokens: int, words: int) -> float:
+    return PerplexityResult([nll], [tokens], 2, 2, 1, 0.0, 0.0, tokens, words, 1).word_perplexity.value
 
 
 def _points() -> pd.DataFrame:
@@ -262,5 +268,15 @@ EXERCISES = {
         lambda prediction: prediction.kwh,
         _predictions,
         "A device draws 66 W always and 234 W more while it works, a share 1 - bubble of the time; 1 kWh is 3.6e6 J.",
+    ),
+    "08-1": Exercise(
+        _per_word,
+        lambda: [(3.2, 1000, 750), (2.5, 400, 400)],
+        "exp of the nats of all tokens over the number of words.",
+    ),
+    "08-2": Exercise(
+        holm,
+        lambda: [([0.04, 0.01, 0.03],), ([0.02, 0.9, 0.8],), ([0.001, 0.2, 0.011, 0.011, 0.5],)],
+        "Times m for the smallest, m - 1 for the next; then the running maximum, at most 1, in the order given.",
     ),
 }

@@ -1,7 +1,8 @@
 """Two sets of records held against each other: what changed beyond noise, and for the better or the worse.
 
 Records are matched by what was measured on what and how it was set (`KEY`), not by when, with which code or on which
-machine: that is what differs between the two sides. A run in batches of 8 is never held against one in batches of 1.
+machine: that is what differs between the two sides. A run in batches of 8 is never held against one in batches of 1,
+nor a number against one that another protocol or another warm-up brought.
 """
 
 import json
@@ -21,10 +22,9 @@ WORK = ("task", "model", "transformation", "dtype", "data", "n", "device")
 KEY = (*WORK, "settings")
 ENOUGH = 5  # the range of fewer runs covers their median less than 94 % of the time
 LEVEL = 0.05
-COLUMNS = (
-    *("metric", "unit", "a", "a_low", "a_high", "b", "b_low", "b_high"),
-    *("scale", "change", "change_low", "change_high", "p", "verdict"),
-)
+OWN = ("metric", "unit", "a", "a_low", "a_high", "b", "b_low", "b_high")  # what each side says for itself
+COLUMNS = (*OWN, "scale", "change", "change_low", "change_high", "p", "verdict")
+REFUSED = "not judged: the protocols differ"
 NUMBERS = str.maketrans("", "", "0123456789.,")  # passes and tokens, say: they differ from run to run
 
 # Which way a metric is good: its name counts before its unit.
@@ -52,7 +52,7 @@ def compare(a: str | Path, b: str | Path) -> pd.DataFrame:
         Columns: the key (its settings as text), `metric`, `unit`, `a`, `a_low`, `a_high`, `b`, `b_low`, `b_high`,
         `change` (a share of A, or the difference where `scale` says so) with `change_low` and `change_high` (95 %),
         `p` (corrected) and `verdict`: "better", "worse", "changed" (which way is good is not known), "within noise",
-        "equal", or "not judged" and why.
+        "equal", or "not judged" and why: no interval, another unit, another protocol.
         `attrs["notes"]` says what else differs: hardware, versions, threads, revisions, protocols, and which runs were
         not compared because their settings differ or one side lacks them.
 
@@ -65,18 +65,18 @@ def compare(a: str | Path, b: str | Path) -> pd.DataFrame:
     common = [key for key in sides[0] if key in sides[1]]
     if not common:
         in_a, in_b = ("; ".join(f"({title(key)})" for key in side) for side in sides)
-        raise InputError(
-            f"{a} and {b} have no record in common ({', '.join(KEY)} must be equal): A has {in_a}; B has {in_b}."
-        )
+        asked = [[{k: str(row[k]) for k in WORK} | row["settings"] for row in side] for side in (left, right)]
+        why = "; ".join([*_differences(*asked), f"{', '.join(KEY)} must be equal"])
+        raise InputError(f"{a} and {b} have no record in common ({why}): A has {in_a}; B has {in_b}.")
     notes += _differences(*([_facts(row) for key in common for row in side[key]] for side in sides))
     rows: list[Row] = []
     for key in common:
         pair = [side[key] for side in sides]
-        words = [{row["protocol"].translate(NUMBERS) for row in side} for side in pair]
-        if not words[0] & words[1]:
-            how = " and ".join(f"{side[-1]['protocol']!r} in {label}" for side, label in zip(pair, "AB", strict=True))
-            notes.append(f"{title(key)}: the protocols differ, {how}")
-        rows += [dict(zip(KEY, key, strict=True)) | row for row in _metrics(*pair)]
+        results, apart = _metrics(*pair), _protocols(*pair)
+        notes += [f"{title(key)}: {note}" for note in apart]
+        if apart and all(row["schema"] == SCHEMA for side in pair for row in side):  # older ones had other words
+            results = [{k: v for k, v in row.items() if k in OWN} | {"verdict": REFUSED} for row in results]
+        rows += [dict(zip(KEY, key, strict=True)) | row for row in results]
     judged = [row for row in rows if "p" in row]
     for row, p in zip(judged, holm([row["p"] for row in judged]), strict=True):
         good = direction(row["metric"], row["unit"]) * (row["b"] - row["a"])
@@ -129,7 +129,7 @@ def _read(path: Path) -> list[Row]:
             rows += [current(json.loads(file.read_text())["record"])] if file.suffix == ".json" else read_records(file)
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{file} is no file of a command's --json: it has no record.") from None
-    needed = {*KEY, "metrics", "protocol", "revision", "schema", "time", "hardware", "libraries", "threads"}
+    needed = {*KEY, "metrics", "protocol", "warmup", "revision", "schema", "time", "hardware", "libraries", "threads"}
     if not rows:
         raise InputError(f"{path} holds no record: give a .jsonl file that llmlab wrote, or a folder of them.")
     if not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
@@ -138,7 +138,7 @@ def _read(path: Path) -> list[Row]:
 
 
 def _complete(rows: list[Row], others: list[Row], side: str) -> list[str]:
-    """Old records (schema 1) tell few settings: each takes those of the other side's newest run that it does not
+    """Old records tell fewer settings: each takes those of the other side's newest run that it does not
     contradict. What was taken, a note for each kind of run."""
     notes = []
     for row in (row for row in rows if row["schema"] < SCHEMA):
@@ -164,6 +164,15 @@ def _by_key(rows: list[Row]) -> Side:
 def _key(row: Row) -> Key:
     settings = ", ".join(f"{name} {value}" for name, value in sorted(row["settings"].items()) if value)
     return *(row[name] for name in WORK), settings
+
+
+def _protocols(left: list[Row], right: list[Row]) -> list[str]:
+    """What differs in how two sides measured, if no run of one was measured as a run of the other was."""
+    ways = [{(row["protocol"].translate(NUMBERS), row["warmup"]) for row in side} for side in (left, right)]
+    if ways[0] & ways[1]:
+        return []
+    newest = [{"protocol": repr(row["protocol"]), "warm-up": f"{row['warmup']} runs"} for row in (left[-1], right[-1])]
+    return _differences(*([told] for told in newest))
 
 
 def _alone(left: Side, right: Side) -> list[str]:

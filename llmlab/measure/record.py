@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from llmlab.scoring.perplexity import PerplexityResult
     from llmlab.scoring.score import ScoreResult
 
-SCHEMA = 2  # 1 had neither settings nor memory_bytes
+SCHEMA = 3  # 1 had neither settings nor memory_bytes, 2 no token_ids among the settings
 
 Row = dict[str, Any]  # a record as its line of JSON holds it
 
@@ -82,7 +82,7 @@ class Record:
     device: str
     threads: int
     track: Literal["exact", "open"]  # the model's own arithmetic, or accuracy may pay for speed
-    protocol: str  # how it was measured, in one line for people
+    protocol: str  # how it was measured, in one line for people; numbers that were chosen stand in `settings`, too
     data: str  # fingerprint or name
     settings: dict[str, str] = field(default_factory=dict)  # {"batch_size": "8"}, say: with others it is another run
     weight_bytes: int | None = None
@@ -223,7 +223,7 @@ def current(row: Row) -> Row:
     """
     if row["schema"] > SCHEMA:
         raise ValueError(f"its schema {row['schema']} is newer than {SCHEMA}")
-    if row["schema"] == SCHEMA:
+    if row["schema"] > 1:
         return row
     match = next(filter(None, (re.match(pattern, row.get("protocol", "")) for pattern in TOLD)), None)
     settings = {name: value for name, value in match.groupdict().items() if value} if match else {}

@@ -12,6 +12,7 @@ import torch
 from llmlab.base.errors import InputError, NumericalError
 from llmlab.base.progress import progress
 from llmlab.base.stats import Z95, Metric
+from llmlab.data import ids_fingerprint
 from llmlab.kernels.plain import fastest_matmuls
 from llmlab.model.lm import LM
 
@@ -30,6 +31,7 @@ class PerplexityResult:
         text_tokens, text_words, text_bytes: of the whole text: its tokens without special ones, what white space
             separates, and its length in UTF-8.
         named: the protocol that was asked for by its name.
+        token_ids: a fingerprint of the text's, special ones included.
     """
 
     window_nll: list[float]
@@ -43,6 +45,7 @@ class PerplexityResult:
     text_words: int
     text_bytes: int
     named: str | None = None
+    token_ids: str = ""
     task: str = "perplexity"
     data: str = "text"
     memory_bytes: int | None = None  # the weights alone
@@ -51,7 +54,7 @@ class PerplexityResult:
     @property
     def settings(self) -> dict[str, str]:
         """How the text was cut and run."""
-        return {name: str(getattr(self, name)) for name in ("context", "stride", "batch_size")}
+        return {name: str(getattr(self, name)) for name in ("context", "stride", "batch_size", "token_ids")}
 
     @property
     def n(self) -> int:
@@ -184,8 +187,8 @@ def perplexity(
             bar.update(len(batch))
     end = time.perf_counter()
     sizes = len(lm.encode(text, special_tokens=False)), len(text.split()), len(text.encode())
-    seconds = end - begin_inference, end - begin
-    return PerplexityResult(window_nll, window_tokens, context, stride, batch_size, *seconds, *sizes, protocol)
+    how, seconds = (protocol, ids_fingerprint([ids.tolist()])), (end - begin_inference, end - begin)
+    return PerplexityResult(window_nll, window_tokens, context, stride, batch_size, *seconds, *sizes, *how)
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ import numpy as np
 from llmlab.base.errors import InputError
 from llmlab.base.progress import progress
 from llmlab.base.stats import Metric, proportion
-from llmlab.data import Question, fingerprint
+from llmlab.data import Question, fingerprint, ids_fingerprint
 from llmlab.model.lm import LM
 from llmlab.scoring import reference, shared
 from llmlab.scoring.encode import Sequence, encode
@@ -42,7 +42,7 @@ class ScoreResult:
         seconds_inference: forward passes, from the first batch to the last result.
         seconds_total: the same with tokenization and metrics; loading the model is not in it.
         settings: how it was scored: `method`, `batch_size` of the reference path; over ranks their number, `layout` and
-            `schedule`.
+            `schedule`; `token_ids`, a fingerprint of what the model read and of where endings begin.
         memory_bytes: of the weights on all ranks together; None for one process: those of its model.
         seed: None, nothing is drawn.
     """
@@ -212,7 +212,7 @@ def summarize(
         padding=scores.work.padding,
         seconds_inference=seconds[0],
         seconds_total=seconds[1],
-        settings=settings,
+        settings=settings | {"token_ids": ids_fingerprint([s.n_context, *s.ids] for s in sequences)},
         memory_bytes=memory_bytes,
     )
 
