@@ -118,7 +118,7 @@ def test_equations_become_mathml_and_nothing_else():
     hit = attack(1)
     for hostile in (f"$\\text{{{hit}}}$", f'<span class="equation block">\\text{{{hit}}}</span>', f"$$\\{hit}$$"):
         page = BeautifulSoup(from_markdown(hostile), "html.parser")
-        assert not page.find_all(["script", "img"])
+        assert not page.find_all(lambda tag: tag.name == "script" or any(name.startswith("on") for name in tag.attrs))
     output = new_output("display_data", {"text/latex": "$x^2$", "text/plain": "x**2"})
     page = render(new_notebook(cells=[new_code_cell("x", outputs=[output])]), "00_a")
     assert BeautifulSoup(page, "html.parser").find("msup").text == "x2"

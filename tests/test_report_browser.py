@@ -98,6 +98,7 @@ BEYOND = """width => [...document.querySelectorAll("body *")].filter(element => 
 }).map(element => element.outerHTML.slice(0, 80))"""
 SIZES = """selector => [...document.querySelectorAll(selector)].map(element => element.getBoundingClientRect())
     .map(box => [box.width, box.height])"""
+VISIBLE = "[...document.querySelectorAll('details.code pre')].map(element => element.checkVisibility())"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -111,12 +112,11 @@ def test_a_notebook_of_the_lab_fits_and_its_equations_are_drawn(browser, tmp_pat
         assert tab.evaluate(BEYOND, width) == []
         equations = tab.evaluate(SIZES, "math")
         assert equations and all(wide > 4 and high > 4 for wide, high in equations)
-        hidden = tab.evaluate(SIZES, "details.code pre")
-        assert hidden and all(size == [0, 0] for size in hidden)
+        assert not any(folded := tab.evaluate(VISIBLE)) and folded
         tab.locator("summary").first.click()
-        assert tab.evaluate(SIZES, "details.code pre")[0][1] > 100
+        assert tab.evaluate(VISIBLE) == [True] + folded[1:]
         tab.emulate_media(media="print")
-        assert all(high > 100 for _, high in tab.evaluate(SIZES, "details.code pre"))
+        assert all(tab.evaluate(VISIBLE))
         tab.context.close()
 
 

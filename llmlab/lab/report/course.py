@@ -28,7 +28,7 @@ class Lesson:
     """What one learns in a notebook.
 
     Attributes:
-        question: the first cell's first paragraph, as HTML.
+        question: the paragraph below the title, as HTML.
         written_out: headings of the sections that write an algorithm out and hold it against the library (tag toy).
         exercises: how many there are (tag exercise).
         minutes: about so many on 2 cores, None if unknown; needs: what a run takes, "" if unknown.
@@ -43,8 +43,9 @@ class Lesson:
 
 def lesson(content: NotebookNode, notebook: Path, pages: Mapping[Path, str] | None = None) -> Lesson:
     """Read a notebook's lesson; `pages` as for `from_markdown`."""
-    first = next((cell.source for cell in content.cells if cell.cell_type == "markdown"), "")
-    paragraphs = re.split(r"\n\s*\n", re.sub(r"^#.*$", "", first, flags=re.MULTILINE).strip())
+    texts = (cell.source for cell in content.cells if cell.cell_type == "markdown")
+    first = next((text for text in texts if text.startswith("# ")), "")  # above it papermill may tell of an error
+    paragraphs = re.split(r"\n\s*\n", first.partition("\n")[2].strip())
     heading, written_out, exercises = "", list[str](), 0
     for cell in content.cells:
         tags = cell.metadata.get("tags") or ()
