@@ -145,6 +145,12 @@ def test_the_cell_for_colab_does_nothing_here(installs, monkeypatch):
     assert not installs
 
 
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+def test_nothing_asks_for_llmlab_before_the_cell_for_colab(path):
+    sources = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    assert "llmlab" not in "".join(sources[: sources.index(colab_cell())])
+
+
 @pytest.mark.parametrize("lent", ["COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"])
 def test_the_cell_for_colab_keeps_torch(lent, installs, monkeypatch):
     monkeypatch.setenv(lent, "some release")

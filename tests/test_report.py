@@ -13,7 +13,7 @@ import psutil
 import pytest
 from bs4 import BeautifulSoup
 from conftest import CHECKOUT
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import llmlab
 from llmlab import InputError
@@ -22,7 +22,9 @@ from llmlab.lab.notebooks import check_parameters, command, find_notebooks
 from llmlab.lab.redraw import FIGURES, redraw, roofline
 from llmlab.lab.report import report
 from llmlab.lab.report.build import check_copies, page_names
-from llmlab.lab.report.pages import render, sanitized, write_challenge_page
+from llmlab.lab.report.course import COMMITTED, lesson
+from llmlab.lab.report.markup import from_markdown, sanitized
+from llmlab.lab.report.pages import render, write_challenge_page
 from llmlab.measure.record import Record
 
 
@@ -81,6 +83,82 @@ def test_notebooks_become_pages_and_a_failure_stops_nothing(home):
     for text in (page, index):
         assert 'src="http' not in text
         assert "cdnjs" not in text
+
+
+NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("[0-9]*.ipynb"))
+EQUATION = r"\$\$.+?\$\$|\$[^$]+\$"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_equation_of_a_notebook_is_drawn_by_the_browser(path):
+    content = nbformat.read(path, as_version=4)
+    text = "\n\n".join(cell.source for cell in content.cells if cell.cell_type == "markdown")
+    equations = re.findall(EQUATION, re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL), re.DOTALL)
+    page = BeautifulSoup(render(content, path.stem, path.parent), "html.parser")
+    assert len(page.find_all("math")) == len(equations) > 0
+    assert len(page.find_all("math", display="block")) == sum(equation.startswith("$$") for equation in equations)
+    assert not page.select("merror, math script")
+    for code in page.select("code"):
+        code.decompose()
+    shown = " ".join(cell.text for cell in page.select(".jp-MarkdownCell"))
+    assert not re.findall(r"\$|\\[a-zA-Z]+", shown)
+
+
+def test_equations_become_mathml_and_nothing_else():
+    page = BeautifulSoup(from_markdown(r"So $a < b$, $$\frac{1}{2}$$ and `$c$`."), "html.parser")
+    inline, block = page.find_all("math")
+    assert inline.text == "a<b" and "display" not in inline.attrs
+    assert block["display"] == "block" and [number.text for number in block.mfrac.find_all("mn")] == ["1", "2"]
+    assert page.code.text == "$c$"
+    aligned = from_markdown(r"\begin{align*} a &= b \\ &= c \end{align*}")
+    assert len(BeautifulSoup(aligned, "html.parser").math.find_all("mtr")) == 2
+    for wrong in (r"$\unknown{<b>}$", "$$<i>a_b_c</i>$$"):  # no LaTeX: as it was written
+        assert BeautifulSoup(from_markdown(wrong), "html.parser").text.strip() == wrong
+    hit = attack(1)
+    for hostile in (f"$\\text{{{hit}}}$", f'<span class="equation block">\\text{{{hit}}}</span>', f"$$\\{hit}$$"):
+        page = BeautifulSoup(from_markdown(hostile), "html.parser")
+        assert not page.find_all(lambda tag: tag.name == "script" or any(name.startswith("on") for name in tag.attrs))
+    output = new_output("display_data", {"text/latex": "$x^2$", "text/plain": "x**2"})
+    page = render(new_notebook(cells=[new_code_cell("x", outputs=[output])]), "00_a")
+    assert BeautifulSoup(page, "html.parser").find("msup").text == "x2"
+
+
+def test_long_code_folds_and_the_lesson_stays_open():
+    long = "# Draws a figure\n" + "x = 1\n" * 12
+    tags = [[], ["toy"], ["exercise"], ["parameters"], ["colab"]]
+    cells = [new_code_cell(long, metadata={"tags": tag} if tag else {}) for tag in tags]
+    page = BeautifulSoup(render(new_notebook(cells=[*cells, new_code_cell("x = 1\n" * 12)]), "00_a"), "html.parser")
+    assert [bool(code.find("details")) for code in page.select(".jp-CodeCell")] == [
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
+    assert page.summary.text == "13 lines of code: Draws a figure"
+    assert page.details.pre.text.strip() == long.strip()
+
+
+def test_the_course_page_knows_every_notebook(home):
+    assert set(COMMITTED) == {path.stem for path in NOTEBOOKS}, "say in course.py how long it takes and what it needs"
+    for path in NOTEBOOKS:
+        about = lesson(nbformat.read(path, as_version=4), path)
+        assert "?" in about.question and "Question." not in about.question
+        assert about.written_out and about.exercises >= 2
+    cells = [
+        new_markdown_cell("# Title\n\n**Question.** Why $x$,\nand *how*? [Next](b.ipynb).\n\n**The idea.** None."),
+        new_markdown_cell("## By hand\n\ntext"), new_code_cell("1", metadata={"tags": ["toy"]}),
+        new_code_cell("2", metadata={"tags": ["toy"]}), new_code_cell("3", metadata={"tags": ["exercise"]}),
+    ]  # fmt: skip
+    about = lesson(new_notebook(cells=cells), home / "a.ipynb")
+    question = BeautifulSoup(about.question, "html.parser")
+    assert " ".join(question.text.split()) == "Why x, and how? Next."
+    assert question.math and question.em and question.a["href"] == "b.html"
+    assert (about.written_out, about.exercises, about.minutes, about.needs) == (["By hand"], 1, None, "")
+    empty = lesson(new_notebook(), home / "a.ipynb")
+    assert (empty.question, empty.written_out, empty.exercises) == ("", [], 0)
 
 
 BUSY = """
@@ -300,6 +378,10 @@ def test_figures_and_records_belong_to_the_notebook_that_wrote_them(home):
     assert line.pre.text == "llmlab report 00_draws -p x=7"
     assert other.pre.text == "llmlab report 01_draws_too -p x=7"
     assert line.img["src"].startswith("data:image/png;base64,")
+    page = BeautifulSoup((home / "report" / "00_draws.html").read_text(), "html.parser")
+    assert page.figcaption.code.text == "llmlab report 00_draws -p x=7"
+    assert (home / "report" / page.figcaption.a["href"]).is_file()
+    assert [item.code.text for item in index.select(".course li")] == [run.command for run in runs]
     (row,) = [row for row in index.select("tr") if "gptq-4bit" in row.text]
     assert [item.text for item in row.select("dl div")] == ["acc0.3 [0.2, 0.4]", "seconds2 s"]
     for cell in index.select("td a, figure a"):
@@ -360,7 +442,7 @@ raise RuntimeError(attack(14))
 
 def hostile_report(folder):
     """Markup in everything that a report shows; returns its pages."""
-    path = write(folder / "notebooks", "00_hostile", HOSTILE, title=attack(15))
+    path = write(folder / "notebooks", "00_hostile", HOSTILE, title=f"{attack(15)}\n\n**Question.** {attack(19)}")
     (run,) = report([path], output=folder / "report", parameters={"x": attack(16)})
     assert "RuntimeError" in run.error
     record = Record(
@@ -385,6 +467,7 @@ def test_markup_in_what_is_shown_is_text(home):
         for number in numbers:
             assert attack(number) in page.text, number
     assert "<script>window.hit = 6</script>" in notebook.text  # Markdown may hold an image, but not its handler
+    assert "<script>window.hit = 19</script>" in index.text
     assert notebook.find("img", alt=attack(13))
     assert index.find("img", alt=attack(13))
 

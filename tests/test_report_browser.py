@@ -1,10 +1,12 @@
 """The report in a real browser: narrow and wide, light and dark, on paper, and with markup in everything it shows."""
 
+import nbformat
 import pytest
-from test_report import FIGURE, RECORD, hostile_report, write
+from test_report import FIGURE, NOTEBOOKS, RECORD, hostile_report, write
 
 from llmlab import InputError
 from llmlab.lab.report import report
+from llmlab.lab.report.pages import render
 from llmlab.lab.report.pdf import find_chromium
 
 pytestmark = pytest.mark.slow
@@ -85,6 +87,37 @@ def test_a_page_fits_is_whole_and_keeps_to_itself(browser, folder, name, width, 
     paper, ink = tab.evaluate(LUMINANCE)
     assert (paper > 0.95 and ink < 0.4) if scheme == "light" else (paper < 0.1 and ink > 0.8)
     tab.context.close()
+
+
+# Elements that reach beyond the page, which nothing around them scrolls.
+BEYOND = """width => [...document.querySelectorAll("body *")].filter(element => {
+    if (element.getBoundingClientRect().right <= width + 1) return false;
+    for (let box = element.parentElement; box; box = box.parentElement)
+        if (["auto", "scroll"].includes(getComputedStyle(box).overflowX)) return false;
+    return true;
+}).map(element => element.outerHTML.slice(0, 80))"""
+SIZES = """selector => [...document.querySelectorAll(selector)].map(element => element.getBoundingClientRect())
+    .map(box => [box.width, box.height])"""
+VISIBLE = "[...document.querySelectorAll('details.code pre')].map(element => element.checkVisibility())"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_of_the_lab_fits_and_its_equations_are_drawn(browser, tmp_path, path):
+    page = tmp_path / f"{path.stem}.html"
+    page.write_text(render(nbformat.read(path, as_version=4), path.stem, path.parent))
+    for width in (1280, 400):
+        tab, complaints, requests = opened(browser, page, width)
+        assert complaints == requests == []
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.evaluate(BEYOND, width) == []
+        equations = tab.evaluate(SIZES, "math")
+        assert equations and all(wide > 4 and high > 4 for wide, high in equations)
+        assert not any(folded := tab.evaluate(VISIBLE)) and folded
+        tab.locator("summary").first.click()
+        assert tab.evaluate(VISIBLE) == [True] + folded[1:]
+        tab.emulate_media(media="print")
+        assert all(tab.evaluate(VISIBLE))
+        tab.context.close()
 
 
 def test_wide_tables_scroll_inside_their_cell_and_code_wraps(browser, folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,7 +60,7 @@ def report(
         runs = lab.report(chosen, output=folder, parameters=values, pdf=pdf, on_start=start, on_end=end)
     index = folder / "index.html"
     print_line(f"report:   {index}")
-    return {"index": str(index), "runs": [vars(run) for run in runs], "failed": sum(run.failed for run in runs)}
+    return {"index": str(index), "runs": [asdict(run) for run in runs], "failed": sum(run.failed for run in runs)}
 
 
 def sweep(

@@ -15,6 +15,7 @@ from llmlab.base.errors import InputError, Interrupted
 from llmlab.base.paths import atomic, check_writable
 from llmlab.lab.attempt import ATTEMPTS, Attempt, Job, alone
 from llmlab.lab.notebooks import check_parameters, command
+from llmlab.lab.report.course import lesson
 from llmlab.lab.report.pages import Run, render, title, write_index
 from llmlab.lab.report.pdf import find_chromium, write_pdf
 from llmlab.measure.record import read_records
@@ -108,16 +109,18 @@ def run_notebook(
     outcome = attempt.wait()
     executed, drawn, page = place / "notebook.ipynb", place / "figures", None
     content = nbformat.read(executed if executed.exists() else path, as_version=4)
+    figures, again = sorted(figure.stem for figure in drawn.glob("*.png")), command([notebook], parameters)
+    pages = {other.resolve(): f"{its}.html" for other, its in names.items()}
     if executed.exists():
         page = f"{name}.html"
         with atomic(output / page) as file:
-            pages = {other.resolve(): f"{its}.html" for other, its in names.items()}
-            file.write_text(render(content, name, path.parent, pages), encoding="utf-8")
+            file.write_text(render(content, name, path.parent, pages, dict.fromkeys(figures, again)), encoding="utf-8")
         executed.replace(output / "notebooks" / f"{name}.ipynb")
-    figures = sorted(figure.stem for figure in drawn.glob("*.png"))
     if drawn.exists():
         shutil.copytree(drawn, output / "figures", dirs_exist_ok=True, copy_function=shutil.move)
     shutil.rmtree(place, ignore_errors=True)
-    seconds, again = outcome.seconds or 0.0, command([notebook], parameters)
     records = [row for row in read_records() if row.get("attempt") == attempt.work.name]
-    return Run(name, title(content, name), seconds, again, dict(parameters), page, outcome.error, figures, records)
+    return Run(
+        name, title(content, name), lesson(content, path, pages), outcome.seconds or 0.0, again, dict(parameters), page,
+        outcome.error, figures, records,
+    )  # fmt: skip

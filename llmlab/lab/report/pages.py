@@ -6,19 +6,16 @@ page: no script runs and nothing is fetched, whatever HTML an output holds.
 
 import base64
 import datetime
-import html
+import io
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
 
-import bleach  # type: ignore[import-untyped]  # has no types
 import jinja2
-from bleach.css_sanitizer import CSSSanitizer  # type: ignore[import-untyped]  # as above
 from jinja2.runtime import Context
+from markupsafe import Markup
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from PIL import Image
@@ -28,18 +25,12 @@ from llmlab.base.paths import PACKAGE, atomic
 from llmlab.base.stats import Metric
 from llmlab.data import FULL_SET
 from llmlab.lab.leaderboard import BOARD
+from llmlab.lab.report.course import Lesson
+from llmlab.lab.report.markup import from_markdown
 from llmlab.measure.environment import energy, git_commit, hardware, versions
 
 TEMPLATES = PACKAGE / "lab" / "report" / "templates"
 SHOWN_METRICS = 5  # of each record; the ones with an interval come first
-
-# What Markdown may hold besides its own marks; other tags show as text.
-TAGS = bleach.ALLOWED_TAGS | {
-    "br", "caption", "dd", "del", "details", "div", "dl", "dt", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "img", "kbd",
-    "p", "pre", "s", "small", "span", "sub", "summary", "sup", "table", "tbody", "td", "th", "thead", "tr", "u",
-}  # fmt: skip
-ATTRIBUTES = {"*": ["align", "class", "id", "style", "title"], "a": ["href"], "img": ["alt", "height", "src", "width"]}
-PROTOCOLS = ("http", "https", "mailto", "data")  # data: embedded images; browsers open no page from such a link
 
 # No JavaScript and no widget: a report is read, and an output's static twin says the same.
 PRIORITY = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
@@ -50,7 +41,7 @@ class Run:
     """One executed notebook.
 
     Attributes:
-        name, title: of its page, and its first heading.
+        name, title, lesson: of its page, its first heading, and what the course page says of it.
         command: runs it again, alone, with the same parameters; `seconds`: that it ran.
         page: its HTML beside the index, if it came so far; error: one line if it failed.
         figures, records: names of the figures that it drew, and the records that were written while it ran.
@@ -58,6 +49,7 @@ class Run:
 
     name: str
     title: str
+    lesson: Lesson
     seconds: float
     command: str
     parameters: dict[str, object]
@@ -78,41 +70,44 @@ def title(content: NotebookNode, name: str) -> str:
     return next((str(line.removeprefix("# ")) for line in lines if line.startswith("# ")), name)
 
 
-def render(content: NotebookNode, name: str, folder: Path = Path(), pages: Mapping[Path, str] | None = None) -> str:
+def render(
+    content: NotebookNode,
+    name: str,
+    folder: Path = Path(),
+    pages: Mapping[Path, str] | None = None,
+    redone_by: Mapping[str, str] | None = None,
+) -> str:
     """A notebook as one HTML page that asks nothing of the network and runs nothing.
 
-    A link to another notebook (relative to its `folder`) leads to that one's page: from `pages`, by resolved path, or
-    NAME.html for one in the same folder.
+    `folder` and `pages` as for `from_markdown`. `redone_by`: the command for each figure in the report's figures/.
     """
 
-    def linked(match: re.Match[str]) -> str:
-        path = (folder / unquote(html.unescape(match[1]))).resolve()
-        beside = f"{path.stem}.html" if path.parent == folder.resolve() else None
-        page = (pages or {}).get(path, beside)
-        return f'href="{quote(page)}{match[2]}"' if page else match[0]
-
     @jinja2.pass_context
-    def markdown2html(context: Context, source: str) -> str:
-        clean = sanitized(exporter.markdown2html(context, source))
-        return re.sub(r'href="([^":#?]+\.ipynb)((?:#[^"]*)?)"', linked, clean)
+    def markdown2html(context: Context, source: str) -> Markup:
+        return from_markdown(source, folder, pages, context.get("cell", {}).get("attachments"))
 
     content.metadata["title"] = title(content, name)
     content.metadata.pop("widgets", None)  # their state would only be carried along
     config = Config({"NbConvertBase": {"display_data_priority": PRIORITY}})
     own = {"template_name": "llmlab", "extra_template_basedirs": [str(TEMPLATES)]}
-    exporter = HTMLExporter(embed_images=True, config=config, **own)
+    exporter = HTMLExporter(config=config, **own)
     exporter.register_filter("markdown2html", markdown2html)
-    return str(exporter.from_notebook_node(content, resources={"metadata": {"name": name}})[0])
+    exporter.register_filter("png_name", png_name)
+    resources = {"metadata": {"name": name}, "redone_by": redone_by or {}}
+    return str(exporter.from_notebook_node(content, resources=resources)[0])
 
 
-def sanitized(text: str) -> str:
-    """HTML with what is not on the list (`TAGS`, `ATTRIBUTES`, `PROTOCOLS`) turned into text or dropped."""
-    styles = CSSSanitizer()
-    return str(bleach.clean(text, tags=TAGS, attributes=ATTRIBUTES, protocols=PROTOCOLS, css_sanitizer=styles))
+def png_name(encoded: str) -> str:
+    """The name under which `figures.save` saved a PNG (base64); "" for other images."""
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+            return str(image.info.get("Title", ""))
+    except (OSError, ValueError):  # no PNG: the browser will say so
+        return ""
 
 
 def write_page(output: Path, template: str, **values: object) -> Path:
-    """Render `template`.html.j2 into `output`/`template`.html, whole or not at all; every value is escaped."""
+    """Render `template`.html.j2 into `output`/`template`.html, whole or not at all; all but Markup is escaped."""
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.get_template(f"{template}.html.j2").render(**values)
