@@ -20,6 +20,7 @@ COMMITTED: dict[str, tuple[int, str]] = {
     "05_shared_prefix_scoring": (2, "the built-in model, lm-evaluation-harness"),
     "06_trade_offs": (1, "the built-in model, the recorded grid in data/reference"),
     "07_challenge": (1, "the built-in model"),
+    "08_why_papers_disagree": (2, "the built-in model"),
 }
 
 
