@@ -51,7 +51,12 @@ def call(peer: str, request: Mapping[str, object], *, timeout: float = TIMEOUT) 
 
 
 def peer_quantize(
-    peer: str, lm: LM, calibration: torch.Tensor, scheme: Scheme, folder: Path, options: Mapping[str, object] | None = None
+    peer: str,
+    lm: LM,
+    calibration: torch.Tensor,
+    scheme: Scheme,
+    folder: Path,
+    options: Mapping[str, object] | None = None,
 ) -> Answer:
     """Quantize a plain model with a peer's GPTQ on the same rows into `folder`; returns its `seconds` and `versions`.
 

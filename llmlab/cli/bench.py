@@ -94,7 +94,9 @@ def gpu_check(
 class Grid:
     """How weights are rounded: the settings of a quantization scheme."""
 
-    bits: Annotated[float, Option(help="2, 3, 4 or 8; or a mean from 2 to 4, such as 2.5, dealt out by sensitivity.")] = 4
+    bits: Annotated[
+        float, Option(help="2, 3, 4 or 8; or a mean from 2 to 4, such as 2.5, dealt out by sensitivity.")
+    ] = 4
     group_size: Annotated[int, Option(help="Input columns that share a grid; -1 for a whole row.")] = 64
     symmetric: Annotated[bool, Option("--symmetric", help="Zero points in the middle.")] = False
     act_order: Annotated[bool, Option(help="Columns with large activations first.")] = True

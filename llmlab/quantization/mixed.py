@@ -95,7 +95,7 @@ def output_gradients(lm: LM, rows: torch.Tensor, seed: int = 0) -> dict[str, tor
             squares[name] = squares.get(name, 0) + gradient.flatten(0, -2).float().square().sum(0) / rows.numel()
 
         def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            output.register_hook(add)
+            output.register_hook(add)  # type: ignore[no-untyped-call]
 
         return hook
 

@@ -137,7 +137,10 @@ class Walk:
         ends = list(accumulate(sum(p.numel() for p in layer.parameters()) for layer in layers))  # in weights
         with progress(ends[-1], f"{self.method} {self.scheme.bits} bits", "weight") as self.bar:
             # What is left is told by the mean speed so far: matrices of a layer differ in theirs.
-            self.bar.bar_format, self.bar.smoothing = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}", 0
+            self.bar.bar_format, self.bar.smoothing = (
+                "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+                0,
+            )
             for index in range(len(layers)):
                 layer = self.read_layer(index) if self.read_layer else copy.deepcopy(layers[index])
                 split_experts(layer, names)
@@ -164,7 +167,8 @@ class Walk:
         prepare(model, lm.model.dtype)
         self.report.seconds += time.perf_counter() - begin
         self.report.warn()
-        how = f"{method} {self.scheme.bits} bits, group {self.scheme.group_size}{', mixed' if self.report.kept or others else ''}"
+        how = f"{method} {self.scheme.bits} bits, group {self.scheme.group_size}"
+        how += ", mixed" if self.report.kept or others else ""
         how = how if lm.transformation == "none" else f"{lm.transformation}, {how}"
         quantized = LM(model.requires_grad_(False), lm.tokenizer, lm.card, lm.name, lm.revision, how)
         head_bits = self.scheme.head_bits
