@@ -15,7 +15,7 @@ def quant_config(
     """The `quantization_config` by which AutoGPTQ, GPTQModel and transformers know such a checkpoint.
 
     `kept`: names of matrices that were left as they were; `others`: of those with other bits. GPTQModel calls both
-    `dynamic` exceptions.
+    `dynamic` exceptions; transformers without GPTQModel's loader knows one number of bits alone and refuses `others`.
     """
     dynamic: dict[str, object] = {f"-:^{re.escape(name)}$": {} for name in kept}
     dynamic |= {f"+:^{re.escape(name)}$": {"bits": bits} for name, bits in others}
