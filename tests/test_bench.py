@@ -17,7 +17,7 @@ from llmlab.bench.bill import bills
 from llmlab.bench.challenge import challenge, plan_here, synthetic_sequences
 from llmlab.bench.decoders import Decoder
 from llmlab.bench.decoding import CASCADE, FREE_DRAFTS, Unit, _difference, bench_decoding
-from llmlab.bench.quantization import BEST, bench_quantization, variants
+from llmlab.bench.quantization import BEST, bench_quantization, summary, variants
 from llmlab.bench.scoring import bench_scoring, best_batch_size, fits_memory, own_matmul_flops, own_matmuls
 from llmlab.bench.sharding import bench_sharding
 from llmlab.data import ENDING_TOKENS, QUESTION_TOKENS
@@ -326,7 +326,13 @@ def test_bench_quantization_reports_what_it_promises(tiny_folders, monkeypatch):
         if row["bits"] == 2 and "32" not in name
     ]
     assert result["excess_2bit_over_gptq"] == pytest.approx(min(two) / two[0])
-    assert result["perplexity_vs_gptqmodel"] is None and result["gptqmodel"] == "not asked for"
+    assert result["perplexity_vs_gptqmodel"] is result["seconds_vs_gptqmodel"] is None
+    assert result["gptqmodel"] == "not asked for"
+    peer = {"method": "gptqmodel", "bits": 4, "group_size": 64}
+    peers = {f"peer {p}": peer | {"perplexity": p, "seconds": 10 * p} for p in (40.0, 30.0)}
+    ratios = summary(by_name | peers)
+    assert ratios["perplexity_vs_gptqmodel"] == gptq["perplexity"] / 30  # its best, and what that took
+    assert ratios["seconds_vs_gptqmodel"] == gptq["seconds"] / 300
     low, high = result["decode_speedup_vs_fp32_interval"]
     assert low <= result["decode_speedup_vs_fp32"] <= high
     assert set(measured.values) >= {"best_4bit_over_fp32", "gptq_over_rtn_3bit", "decode_speedup_vs_fp32"}

@@ -109,9 +109,8 @@ def bench_quantization(
         about: Row = {"variant": variant, "method": method, "bits": bits, "group_size": group_size}
         about |= {"seconds": 0.0, "peak_bytes": 0} | more  # of quantizing; None: in a process of its own
         packed = quant_linears(model.model)
-        size: Row = {"bytes": model.weight_bytes} | (
-            {"bits_per_weight": bits_per_weight(model.model)} if packed else {}
-        )
+        size: Row = {"bytes": model.weight_bytes}
+        size |= {"bits_per_weight": bits_per_weight(model.model)} if packed else {}
         rows[variant] = about | quality(dequantized(model) if packed else model) | size
         on_row(rows[variant])
 
@@ -145,12 +144,8 @@ def bench_quantization(
     table = [row | speeds.get(name, {}) for name, row in rows.items()]
     ratios = summary(rows)
     values = {name: Metric(ratio, "x") for name, ratio in ratios.items() if ratio is not None} | speedups
-    told: Row = {
-        "n": len(questions),
-        "calibration_tokens": calibration.numel(),
-        "rows": table,
-        "gptqmodel": reason,
-    } | ratios
+    told: Row = {"n": len(questions), "calibration_tokens": calibration.numel(), "rows": table, "gptqmodel": reason}
+    told |= ratios
     for name, ratio in speedups.items():
         told |= {name: ratio.value, f"{name}_interval": [ratio.low, ratio.high]}
     protocol = f"{rows['fp32']['perplexity_protocol']}; {calibration.numel()} calibration tokens"
