@@ -7,9 +7,10 @@ object as the last line of standard output; whatever the libraries print goes to
         loads a GPTQ checkpoint on the CPU in float32, runs the token rows (all of one length) as one batch and saves
         the float32 logits under the key "logits" of a safetensors file. "seconds" is the time of the forward pass.
     {"job": "quantize", "model": DIR, "output": DIR, "bits": 4, "group_size": 64, "desc_act": bool, "sym": bool,
-     "ids": [[...], ...]}
+     "ids": [[...], ...], "options": {...}}
         quantizes a plain transformers folder, which must hold a tokenizer, with GPTQ in float32, calibrated on
-        exactly these token rows (longer ones are cut to the model's positions), and saves it.
+        exactly these token rows (longer ones are cut to the model's positions), and saves it. The options are more
+        arguments of QuantizeConfig, such as {"gptaq": {"alpha": 0.25}}.
         "seconds" is the time of quantize() alone.
 
 The answer is {"seconds": ..., "versions": {...}}, or {"error": "one sentence"} with exit status 1.
@@ -80,16 +81,19 @@ def quantize(request: dict[str, Any]) -> float:
         fallback=None,  # no round-to-nearest where GPTQ fails
         device="cpu",
         offload_to_disk=False,
+        **request["options"],
     )
     model = GPTQModel.load(request["model"], config, dtype=torch.float32)
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in request["ids"]]
     start = time.perf_counter()
     # By default rows of up to ten tokens are dropped and the others sorted by length.
-    model.quantize(rows, batch_size=1, calibration_sort=None, calibration_data_min_length=0, backend=BACKEND.GPTQ_TORCH)
+    settings = {"calibration_sort": None, "calibration_data_min_length": 0, "backend": BACKEND.GPTQ_TORCH}
+    logs = model.quantize(rows, batch_size=1, **settings)  # of each pass: GPTAQ's exact one has none
     seconds = time.perf_counter() - start
     # GPTQModel notes such a loss where it had no usable Hessian.
-    failed = [row["module"] for row in model.quant_log if float(row["loss"]) >= 999999999]
-    if failed or not model.quant_log:
+    solved = [row for log in logs.values() for row in log]
+    failed = [row["module"] for row in solved if float(row["loss"]) >= 999999999]
+    if failed or not solved:
         raise RuntimeError(f"GPTQ did not run on {', '.join(failed) or 'any layer'}")
     model.save(request["output"])
     return seconds

@@ -17,7 +17,7 @@ from llmlab.bench.bill import bills
 from llmlab.bench.challenge import challenge, plan_here, synthetic_sequences
 from llmlab.bench.decoders import Decoder
 from llmlab.bench.decoding import CASCADE, FREE_DRAFTS, Unit, _difference, bench_decoding
-from llmlab.bench.quantization import BEST, bench_quantization, variants
+from llmlab.bench.quantization import BEST, bench_quantization, summary, variants
 from llmlab.bench.scoring import bench_scoring, best_batch_size, fits_memory, own_matmul_flops, own_matmuls
 from llmlab.bench.sharding import bench_sharding
 from llmlab.data import ENDING_TOKENS, QUESTION_TOKENS
@@ -303,14 +303,16 @@ def test_bench_quantization_reports_what_it_promises(tiny_folders, monkeypatch):
     result = measured.details
     json.dumps(result)
     by_name = {row["variant"]: row for row in result["rows"]}
-    assert list(by_name) == seen == ["fp32", "rotated fp32", *(name for name, *_ in variants())]
+    assert (
+        list(by_name) == seen == ["fp32", "rotated fp32", *(name for name, *_ in variants()), "best 2.27 bits, mixed"]
+    )
     exact = by_name["fp32"]
     assert exact["kl"] == pytest.approx(0, abs=1e-6) and exact["kl_99"] == pytest.approx(0, abs=1e-6)
     assert (exact["top1"], exact["seconds"], exact["peak_bytes"]) == (1, 0, 0)
     for row in by_name.values():
         assert 0 <= row["top1"] <= 1 and row["kl"] <= row["kl_99"] + 1e-6
         assert row["byte_perplexity"] < row["perplexity"] < row["word_perplexity"]
-        assert row["perplexity"] > 1 and row["bytes"] > 0 and row["group_size"] in (None, 64, -1)
+        assert row["perplexity"] > 1 and row["bytes"] > 0 and row["group_size"] in (None, 32, 64, -1)
     gptq = by_name["GPTQ 4 bits"]
     assert gptq["bits_per_weight"] < 5 and gptq["seconds"] > 0 and gptq["decode_tokens_per_s"] > 0
     assert gptq["kl"] < by_name["RTN 3 bits"]["kl"] and gptq["top1"] > by_name["RTN 3 bits"]["top1"]
@@ -318,9 +320,19 @@ def test_bench_quantization_reports_what_it_promises(tiny_folders, monkeypatch):
         assert result[f"best_{bits}bit_over_fp32"] > 0 and f"gptq_over_rtn_{bits}bit" in result
     best = by_name["best 2 bits"]
     assert (best["target"], best["grid"], by_name["RTN 4 bits"]["target"]) == ("qronos", BEST.grid, None)
-    two = [np.log(row["perplexity"] / by_name["fp32"]["perplexity"]) for row in by_name.values() if row["bits"] == 2]
+    two = [
+        np.log(row["perplexity"] / by_name["fp32"]["perplexity"])
+        for name, row in by_name.items()
+        if row["bits"] == 2 and "32" not in name
+    ]
     assert result["excess_2bit_over_gptq"] == pytest.approx(min(two) / two[0])
-    assert result["perplexity_vs_gptqmodel"] is None and result["gptqmodel"] == "not asked for"
+    assert result["perplexity_vs_gptqmodel"] is result["seconds_vs_gptqmodel"] is None
+    assert result["gptqmodel"] == "not asked for"
+    peer = {"method": "gptqmodel", "bits": 4, "group_size": 64}
+    peers = {f"peer {p}": peer | {"perplexity": p, "seconds": 10 * p} for p in (40.0, 30.0)}
+    ratios = summary(by_name | peers)
+    assert ratios["perplexity_vs_gptqmodel"] == gptq["perplexity"] / 30  # its best, and what that took
+    assert ratios["seconds_vs_gptqmodel"] == gptq["seconds"] / 300
     low, high = result["decode_speedup_vs_fp32_interval"]
     assert low <= result["decode_speedup_vs_fp32"] <= high
     assert set(measured.values) >= {"best_4bit_over_fp32", "gptq_over_rtn_3bit", "decode_speedup_vs_fp32"}

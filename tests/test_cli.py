@@ -276,6 +276,10 @@ def test_quantize_writes_a_checkpoint_that_score_reads(run, tiny_folders, rows_f
     found = json.loads(out.read_text())
     assert found["record"]["transformation"] == "qronos 3 bits, group 32"
     assert all(linear["bound"] > 0 for linear in found["linears"])
+    status, _, _ = run("quantize", *small, "--bits", 2.5, "--output", tmp_path / "mixed", "--json", out)
+    found = json.loads(out.read_text())
+    assert status == 0 and found["record"]["transformation"].endswith("bits, group 32, mixed")
+    assert 3.4 < found["record"]["metrics"]["bits_per_weight"]["value"] < 3.6  # 2.5, scales and g_idx
     status, _, complaint = run("quantize", *small, "--target", "awq", "--output", tmp_path / "r")
     assert status == 2 and "unknown target 'awq': choose one of gptq, gptaq, qronos" in complaint
     status, _, complaint = run("quantize", *small, "--bits", 5, "--output", tmp_path / "r")

@@ -61,6 +61,19 @@ def peer_logits(peer, folder, ids, temporary, loader=None):
     return load_file(output)["logits"]
 
 
+def test_gptqmodel_reads_other_bits_for_single_matrices(tiny_folders, tmp_path):
+    if reason := missing("gptqmodel"):
+        pytest.skip(reason)
+    lm = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
+    others = (("model.layers.1.mlp.up_proj", 4), ("model.layers.0.self_attn.k_proj", 2))
+    mixed = quantize(lm, method="rtn", scheme=Scheme(3, 32, others=others))
+    ids = calibration_rows(lm, TEXT, rows=1)[:, :64]
+    with torch.inference_mode():
+        here = dequantized(mixed).model(input_ids=ids).logits
+    theirs = peer_logits("gptqmodel", mixed.save(tmp_path / "mixed"), ids, tmp_path, "gptqmodel")
+    assert (here - theirs).abs().max() <= 1e-2
+
+
 @pytest.mark.parametrize("peer", ["gptqmodel", "autogptq"])
 @pytest.mark.parametrize("static", [True, False])
 def test_checkpoints_go_both_ways(tiny_folders, tmp_path, peer, static):

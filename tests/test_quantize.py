@@ -348,6 +348,8 @@ def test_real_zero_points_are_not_saved(tiny, tmp_path):
         lm.save(tmp_path / "real")
     with pytest.raises(InputError, match="real zero points fit into no GPTQ checkpoint"):
         quantize_to("smollm2", tmp_path / "real", "", scheme=real, method="rtn")
+    with pytest.raises(InputError, match="choose method rtn"):
+        quantize(tiny, scheme=real, calibration=torch.zeros(1, 64, dtype=torch.long))
     with pytest.raises(InputError, match="unknown zero_points 'float'"):
         quantize(tiny, method="rtn", scheme=Scheme(zero_points="float"))
     assert not (tmp_path / "real").exists()

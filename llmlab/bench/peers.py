@@ -50,12 +50,19 @@ def call(peer: str, request: Mapping[str, object], *, timeout: float = TIMEOUT) 
     return answer
 
 
-def peer_quantize(peer: str, lm: LM, calibration: torch.Tensor, scheme: Scheme, folder: Path) -> Answer:
+def peer_quantize(
+    peer: str,
+    lm: LM,
+    calibration: torch.Tensor,
+    scheme: Scheme,
+    folder: Path,
+    options: Mapping[str, object] | None = None,
+) -> Answer:
     """Quantize a plain model with a peer's GPTQ on the same rows into `folder`; returns its `seconds` and `versions`.
 
-    `scheme` gives bits, group size, order and symmetry.
+    `scheme` gives bits, group size, order and symmetry; `options` are more arguments of GPTQModel's QuantizeConfig.
     """
-    settings = {"bits": scheme.bits, "group_size": scheme.group_size}
+    settings = {"bits": scheme.bits, "group_size": scheme.group_size, "options": dict(options or {})}
     settings |= {"desc_act": scheme.act_order, "sym": scheme.symmetric}
     with tempfile.TemporaryDirectory() as temporary:
         model = lm.save(Path(temporary) / "model")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from llmlab.model.lm import LM
 from llmlab.model.load import load
 from llmlab.quantization.fit import in_short
 from llmlab.quantization.grid import Scheme
+from llmlab.quantization.mixed import mixed
 from llmlab.quantization.report import Report
 from llmlab.quantization.rotate import rotated
 from llmlab.quantization.walk import quantize
@@ -38,7 +40,15 @@ DIVERGENCE_WINDOWS = 4
 NEW_TOKENS = 32
 OWN, FASTEST = "GPTQ 4 bits", "rotated GPTQ 4 bits"  # held against GPTQModel's; over which speeds are told
 BEST = Scheme(4, 64, grid="neuqi", target="qronos", sweeps=1)  # of all methods here, on a rotated model
+MEAN = 2.27  # bits a weight, dealt out: with groups of 64 as large as 2 bits with groups of 32
 TIMED = (FASTEST, OWN, "GPTQ 8 bits")
+# What GPTQModel 7 offers, at 4 bits with groups of 64: whether in act-order, and more arguments of its QuantizeConfig.
+GPTQMODEL: dict[str, tuple[bool, dict[str, object]]] = {
+    "GPTQModel, act-order": (True, {}),
+    "GPTQModel": (False, {}),  # its default: act_group_aware
+    "GPTQModel, GPTAQ": (False, {"gptaq": {"alpha": 0.25}}),
+    "GPTQModel, FOEM": (False, {"foem": {"alpha": 0.25, "beta": 0.2}}),
+}
 
 
 def variants() -> list[tuple[str, str, bool, Scheme]]:
@@ -60,6 +70,7 @@ def variants() -> list[tuple[str, str, bool, Scheme]]:
         ("rotated GPTAQ 3 bits", "gptq", True, replace(three, target="gptaq")),
         ("rotated Qronos 3 bits", "gptq", True, replace(three, target="qronos")),
         *((f"best {bits} bits", "gptq", True, replace(BEST, bits=bits)) for bits in (4, 3, 2)),
+        ("best 2 bits, groups of 32", "gptq", True, replace(BEST, bits=2, group_size=32)),
     ]
     return table + [("GPTQ 8 bits", "gptq", False, Scheme(8, -1, symmetric=True))]
 
@@ -94,13 +105,12 @@ def bench_quantization(
     """
     rows, quality = dict[str, Row](), _quality_against(lm, text, questions)
 
-    def add(model: LM, variant: str, method: str, bits: int, group_size: int | None = None, **more: object) -> None:
+    def add(model: LM, variant: str, method: str, bits: float, group_size: int | None = None, **more: object) -> None:
         about: Row = {"variant": variant, "method": method, "bits": bits, "group_size": group_size}
         about |= {"seconds": 0.0, "peak_bytes": 0} | more  # of quantizing; None: in a process of its own
         packed = quant_linears(model.model)
-        size: Row = {"bytes": model.weight_bytes} | (
-            {"bits_per_weight": bits_per_weight(model.model)} if packed else {}
-        )
+        size: Row = {"bytes": model.weight_bytes}
+        size |= {"bits_per_weight": bits_per_weight(model.model)} if packed else {}
         rows[variant] = about | quality(dequantized(model) if packed else model) | size
         on_row(rows[variant])
 
@@ -114,6 +124,8 @@ def bench_quantization(
         how: Row = {"rotated": is_rotated} | _settings(method, scheme)
         add(result, name, method, scheme.bits, scheme.group_size, **how, **cost)
         timed |= {name: with_dtype(result)} if name in TIMED else {}
+    result, cost = _costs(partial(_dealt_out, bases[True], calibration), lm.device)
+    add(result, f"best {MEAN} bits, mixed", "gptq", MEAN, 64, rotated=True, **_settings("gptq", BEST), **cost)
     reason = missing("gptqmodel") if peers else "not asked for"
     if peers:
         for method, bits in (("int8", 8), ("nf4", 4), ("fp4", 4)):
@@ -121,13 +133,13 @@ def bench_quantization(
             job = partial(load, lm.name, dtype=packed_dtype(lm.device), device=lm.device, bitsandbytes=method)
             timed[name], cost = _costs(job, lm.device)
             add(timed[name], name, f"bitsandbytes-{method}", bits, **cost)
-    if not reason:
+    for name, (act_order, options) in () if reason else GPTQMODEL.items():
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "theirs"
-            answer = peer_quantize("gptqmodel", lm, calibration, Scheme(4, 64, act_order=True), folder)
+            answer = peer_quantize("gptqmodel", lm, calibration, Scheme(4, 64, act_order=act_order), folder, options)
             theirs = load(str(folder), dtype="fp32", device=lm.device)
         seconds, reason = answer["seconds"], answer["versions"]
-        add(theirs, "GPTQModel 4 bits", "gptqmodel", 4, 64, act_order=True, seconds=seconds, peak_bytes=None)
+        add(theirs, name, "gptqmodel", 4, 64, act_order=act_order, seconds=seconds, peak_bytes=None)
     speeds, speedups = _speeds(lm, timed, repeats)
     table = [row | speeds.get(name, {}) for name, row in rows.items()]
     ratios = summary(rows)
@@ -139,6 +151,11 @@ def bench_quantization(
     protocol = f"{rows['fp32']['perplexity_protocol']}; {calibration.numel()} calibration tokens"
     settings = {"token_ids": ids_fingerprint([*calibration.tolist(), lm.input_ids(text)])}
     return Measurement("bench quantization", values, len(questions), protocol, settings=settings, details=told)
+
+
+def _dealt_out(lm: LM, calibration: torch.Tensor) -> LM:
+    """Quantized to `MEAN` bits in the mean; what dealing them out takes is part of it."""
+    return quantize(lm, scheme=mixed(lm, MEAN, BEST, calibration), calibration=calibration)
 
 
 def _costs(job: Callable[[], LM], device: torch.device) -> tuple[LM, Row]:
@@ -171,16 +188,20 @@ def _quality_against(exact: LM, text: str, questions: list[Question]) -> Callabl
 
 def summary(rows: dict[str, Row]) -> dict[str, float | None]:
     """The ratios that sum it up: the best 4- and 3-bit perplexity over fp32's, GPTQ's increase over RTN's, and the best
-    2-bit log-perplexity above fp32's over rotated GPTQ's."""
+    2-bit log-perplexity above fp32's over rotated GPTQ's; `OWN` over GPTQModel's best."""
     perplexities = {name: row["perplexity"] for name, row in rows.items()}
-    exact, peer, ratios = perplexities["fp32"], perplexities.get("GPTQModel 4 bits"), dict[str, float | None]()
+    exact, ratios = perplexities["fp32"], dict[str, float | None]()
+    peer = min(
+        (row for row in rows.values() if row["method"] == "gptqmodel"), key=itemgetter("perplexity"), default=None
+    )
     for bits in (4, 3):
         own = [perplexities[name] for name, r in rows.items() if r["bits"] == bits and r["method"] in ("gptq", "rtn")]
         gptq, rtn = (perplexities[f"{method} {bits} bits"] - exact for method in ("GPTQ", "RTN"))
         ratios |= {f"best_{bits}bit_over_fp32": min(own) / exact, f"gptq_over_rtn_{bits}bit": gptq / rtn}
-    two = [perplexities[name] for name, row in rows.items() if row["bits"] == 2]
+    two = [row["perplexity"] for row in rows.values() if (row["bits"], row["group_size"]) == (2, 64)]
     ratios["excess_2bit_over_gptq"] = math.log(min(two) / exact) / math.log(perplexities["rotated GPTQ 2 bits"] / exact)
-    return ratios | {"perplexity_vs_gptqmodel": perplexities[OWN] / peer if peer else None}
+    versus = ("perplexity", "seconds")
+    return ratios | {f"{what}_vs_gptqmodel": rows[OWN][what] / peer[what] if peer else None for what in versus}
 
 
 def _speeds(lm: LM, quantized: dict[str, LM], repeats: int) -> tuple[dict[str, Row], dict[str, Metric]]:

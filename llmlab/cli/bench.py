@@ -94,7 +94,9 @@ def gpu_check(
 class Grid:
     """How weights are rounded: the settings of a quantization scheme."""
 
-    bits: Annotated[int, Option(help="2, 3, 4 or 8.")] = 4
+    bits: Annotated[
+        float, Option(help="2, 3, 4 or 8; or a mean from 2 to 4, such as 2.5, dealt out by sensitivity.")
+    ] = 4
     group_size: Annotated[int, Option(help="Input columns that share a grid; -1 for a whole row.")] = 64
     symmetric: Annotated[bool, Option("--symmetric", help="Zero points in the middle.")] = False
     act_order: Annotated[bool, Option(help="Columns with large activations first.")] = True
@@ -120,10 +122,16 @@ def quantize(
     Finished layers are kept beside the output: a killed job that is started again goes on behind them.
     """
     from llmlab.bench.quantization import quantizing
+    from llmlab.quantization.calibration import calibration_rows
     from llmlab.quantization.grid import Scheme
     from llmlab.quantization.job import quantize_to
+    from llmlab.quantization.mixed import mixed
+    from llmlab.quantization.rotate import rotated
 
-    scheme, text = Scheme(**asdict(grid)), llmlab.data.read_text(calibration)
+    scheme, text = Scheme(**asdict(grid) | {"bits": int(grid.bits)}), llmlab.data.read_text(calibration)
+    if grid.bits % 1:
+        lm = place.load("fp32")
+        scheme = mixed(rotated(lm) if rotate else lm, grid.bits, scheme, calibration_rows(lm, text, rows=rows))
     how = f"rotated {method}" if rotate else method
     lm, report = quantize_to(place.model, output, text, scheme, method=how, rows=rows, dtype=dtype, device=place.device)
     payload = finish(f"{place.model}: {lm.transformation}", lm, quantizing(lm, report))

@@ -28,7 +28,7 @@ class FinishedLayers:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         settings = folder / "settings.json"
-        if settings.exists() and json.loads(settings.read_text()) != job:
+        if settings.exists() and settings.read_text() != json.dumps(job):
             raise InputError(
                 f"{folder} holds layers of another job (other model, settings or calibration text): remove it."
             )
@@ -44,13 +44,14 @@ class FinishedLayers:
         with atomic(self._file(index)) as path:
             save_file({name: tensor.contiguous() for name, tensor in layer.state_dict().items()}, path)
 
-    def read(self, index: int, layer: torch.nn.Module, bits: int) -> None:
+    def read(self, index: int, layer: torch.nn.Module) -> None:
         """Turn the plain layer `index`, its experts split, into the one that was kept."""
         tensors = load_file(self._file(index))
         for name, module in matrices(layer).items():
             if f"{name}.scales" in tensors:
                 groups, rows = tensors[f"{name}.scales"].shape
                 columns = matrix_of(module).shape[1]
+                bits = 32 * len(tensors[f"{name}.qweight"]) // columns
                 layer.set_submodule(name, QuantLinear(columns, rows, bits, groups, module.bias is not None))
         layer.load_state_dict(tensors)
 

@@ -32,17 +32,20 @@ def check_quantizable(lm: LM, scheme: Scheme, method: str) -> None:
         raise InputError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}.")
     if method == "rtn" and scheme.target != "gptq":
         raise InputError(f"the target {scheme.target!r} is GPTQ's: round-to-nearest has no inputs; choose method gptq.")
+    if method == "gptq" and scheme.zero_points == "real":
+        raise InputError("real zero points are for copies that are rounded to nearest: choose method rtn.")
     if getattr(lm.model.config, "quantization_config", None) is not None:
         raise InputError(f"{lm.name} has no plain Linears ({lm.transformation}): quantize the original model.")
     if scheme.head_bits is not None:
         plain_head(lm, scheme)
     path, layers = decoder_layers(lm.model)
-    names, packed, total = expert_names(lm.model), 0, 0
+    names, packed, total, named = expert_names(lm.model), 0, 0, set[str]()
     left: dict[str, tuple[int, str]] = {}
     for index, original in enumerate(layers):
         layer = shared_copy(original)
         split_experts(layer, names)
         fits, kept = fitting(layer, scheme)
+        named |= {f"{path}.{index}.{name}" for name in fits}
         inside = {id(m.weight) for m in fits.values()}
         for name, parameter in layer.named_parameters():
             if parameter.dim() > 1:
@@ -51,6 +54,8 @@ def check_quantizable(lm: LM, scheme: Scheme, method: str) -> None:
                 reason = kept.get(name.removesuffix(".weight"), "it is not a matrix that checkpoints pack")
                 if id(parameter) not in inside:
                     left[f"{path}.{index}.{name}"] = parameter.numel(), reason
+    if unknown := dict(scheme.others).keys() - named:
+        raise InputError(f"{lm.name} has no matrix {min(unknown)} that can be packed: its bits are of another model.")
     if packed < scheme.at_least * total:
         largest = max(left, key=lambda name: left[name][0])
         raise InputError(

@@ -42,7 +42,7 @@ def neuqi(weight: torch.Tensor, levels: int, importance: torch.Tensor) -> Grid:
 
 
 def judged_by_gptq(weight: torch.Tensor, levels: int, importance: torch.Tensor, upper: torch.Tensor) -> Grid:
-    """Of NeUQI's grids for each scale, the one with the least loss in GPTQ (idea: Samsung/TICO, pull request 597).
+    """Of NeUQI's grids for each scale, the one with the least loss in GPTQ (idea: Samsung/TICO, pull request 746).
 
     Args:
         weight: fp32 [rows, columns] of one group, the columns in the order of rounding.

@@ -15,9 +15,12 @@ import hashlib
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from llmlab.base.errors import NumericalError
 from llmlab.base.progress import progress
@@ -117,20 +120,27 @@ class Walk:
     keep: Path | None = None
     workers: Alone = field(default_factory=Alone)
     beside: Beside | None = field(default=None, init=False)  # the exact model, if the target asks for it
+    bar: tqdm[Any] | None = field(default=None, init=False)  # counts weights
     # The last Hessian's inputs, how many tokens they are over all workers, and its factor.
     last: tuple[torch.Tensor, int, Factor | None] | None = field(default=None, init=False)
 
     @torch.no_grad()
     def run(self) -> LM:
         """The quantized model."""
-        begin, lm, bits = time.perf_counter(), self.lm, self.scheme.bits
+        begin, lm = time.perf_counter(), self.lm
         path, layers = decoder_layers(lm.model)
         names = expert_names(lm.model)
         finished = FinishedLayers(self.keep, self._identity()) if self.keep else None
         if self.rows is not None:
             self._start(self.rows)
         done = torch.nn.ModuleList()
-        with progress(len(layers), f"{self.method} {bits} bits", "layer") as bar:
+        ends = list(accumulate(sum(p.numel() for p in layer.parameters()) for layer in layers))  # in weights
+        with progress(ends[-1], f"{self.method} {self.scheme.bits} bits", "weight") as self.bar:
+            # What is left is told by the mean speed so far: matrices of a layer differ in theirs.
+            self.bar.bar_format, self.bar.smoothing = (
+                "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+                0,
+            )
             for index in range(len(layers)):
                 layer = self.read_layer(index) if self.read_layer else copy.deepcopy(layers[index])
                 split_experts(layer, names)
@@ -138,7 +148,7 @@ class Walk:
                 if self.beside:
                     self.beside.pass_through(layer, self.calls[index], fits)
                 if finished and finished.has(index):
-                    finished.read(index, layer, bits)
+                    finished.read(index, layer)
                     self._pass_through(layer, index)
                     kept |= {name: NOT_CALLED for name in fits if layer.get_submodule(name) is fits[name]}
                 else:
@@ -147,20 +157,18 @@ class Walk:
                         finished.write(index, layer)
                 self.report.kept |= {f"{path}.{index}.{name}": reason for name, reason in kept.items()}
                 done.append(layer)
-                if self.rows is not None and self.report.linears:
-                    last = self.report.linears[-1]
-                    lost = f"error {last['error']:.1e}, bound {last['bound']:.1e}"
-                    bar.set_postfix_str(f"{last['name'].split('.')[-1]} {lost}", refresh=False)
-                bar.update(1)
+                self.bar.update(ends[index] - self.bar.n)  # norms, and what is kept or was finished
         # Everything but the layers is copied from the original.
         model = copy.deepcopy(lm.model, {id(layers): done})
-        kept_names = map(stored_names(model), self.report.kept)
+        stored = stored_names(model)
+        others = [(stored(name), bits) for name, bits in self.scheme.others]
         method = self.scheme.target if self.method == "gptq" else self.method
-        model.config.quantization_config = quant_config(self.scheme, method, kept_names)
+        model.config.quantization_config = quant_config(self.scheme, method, map(stored, self.report.kept), others)
         prepare(model, lm.model.dtype)
         self.report.seconds += time.perf_counter() - begin
         self.report.warn()
-        how = f"{method} {bits} bits, group {self.scheme.group_size}{', mixed' if self.report.kept else ''}"
+        how = f"{method} {self.scheme.bits} bits, group {self.scheme.group_size}"
+        how += ", mixed" if self.report.kept or others else ""
         how = how if lm.transformation == "none" else f"{lm.transformation}, {how}"
         quantized = LM(model.requires_grad_(False), lm.tokenizer, lm.card, lm.name, lm.revision, how)
         head_bits = self.scheme.head_bits
@@ -232,10 +240,11 @@ class Walk:
         """One Linear, by GPTQ for these inputs, `off` the exact model's, or by rounding; notes what it lost."""
         begin, damping, weight = time.perf_counter(), 0.0, matrix_of(linear)
         tokens, factor = (0, None) if inputs is None else self._factor(inputs, off)
+        scheme = self.scheme.of(name)
         if factor is None:
-            quantized = rtn(weight, self.scheme)
+            quantized = rtn(weight, scheme)
         else:
-            quantized, damping = self.workers.solve(weight, factor, self.scheme), factor.damping
+            quantized, damping = self.workers.solve(weight, factor, scheme), factor.damping
         set_matrix(linear, quantized.dequantize().to(weight.dtype))
         rows, columns = quantized.codes.shape
         seconds = time.perf_counter() - begin
@@ -243,7 +252,12 @@ class Walk:
             {"name": name, "rows": rows, "columns": columns, "error": quantized.error, "bound": quantized.bound,
              "damping": damping, "seconds": seconds, "tokens": tokens}
         )  # fmt: skip
-        return QuantLinear.pack(quantized, self.scheme.bits, linear.bias)
+        if self.bar is not None:
+            if factor is not None:
+                lost = f"error {quantized.error:.1e}, bound {quantized.bound:.1e}"
+                self.bar.set_postfix_str(f"{name.split('.')[-1]} {lost}", refresh=False)
+            self.bar.update(rows * columns)
+        return QuantLinear.pack(quantized, scheme.bits, linear.bias)
 
     def _factor(self, inputs: torch.Tensor, off: list[torch.Tensor]) -> tuple[int, Factor | None]:
         """How many tokens there are, and the factor of their Hessian (None if there are none).

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from llmlab.lab.figures import draw
@@ -38,12 +38,36 @@ def grids(weights: Weights, rounded: Mapping[str, tuple[Weights, Weights]], titl
 def layer_errors(table: pd.DataFrame, title: str) -> Figure:
     """Relative squared error of each Linear's output over the decoder layers, a line per kind of Linear.
 
-    `table`: `quantization.walk.Report.table()`: columns `name` ("model.layers.3.mlp.up_proj"), `error`.
+    `table`: `quantization.walk.Report.table()`: columns `name` ("model.layers.3.mlp.up_proj"), `error`, and `bound`,
+    Babai's, drawn dotted in the same colour.
     """
     parts = table["name"].str.extract(r"\.(?P<layer>\d+)\.(?:.+\.)?(?P<kind>.+)$").astype({"layer": int})
     figure, axes = draw.canvas(title, 7, 4.2, yscale="log", xlabel="decoder layer")
     axes.set_ylabel("‖(W − Q) X‖² / ‖W X‖² of each layer's output")
-    draw.lines(axes, parts.assign(error=table["error"]), "layer", "error", "kind")
+    draw.lines(axes, parts.assign(**table[["error", "bound"]]), "layer", "error", "kind", ideal=("bound", ":"))
+    return figure
+
+
+@draw.style()
+def grid_losses(table: pd.DataFrame, title: str) -> Figure:
+    """What a group of weights loses over the scale of its grid, a line a way to choose the zero point.
+
+    Columns `scale`, as a share of the whole range's, `loss`, as a share of the group's energy, `grid`.
+    """
+    figure, axes = draw.canvas(title, 7, 3.6, xlabel="scale, as a share of the whole range's")
+    axes.set_ylabel("Σ h (w − q)² / Σ h w²")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    draw.lines(axes, table, "scale", "loss", "grid")
+    return figure
+
+
+@draw.style()
+def drift(table: pd.DataFrame, title: str) -> Figure:
+    """How far hidden states of other text are off behind each layer: columns `layer`, `lost` (a share), `method`."""
+    figure, axes = draw.canvas(title, 7, 3.8, xlabel="decoder layer", xticks=table["layer"].unique())
+    axes.set_ylabel("energy of hidden states lost")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    draw.lines(axes, table, "layer", "lost", "method")
     return figure
 
 
