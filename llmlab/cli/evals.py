@@ -1,8 +1,5 @@
 """The verb `eval`: tasks of lm-evaluation-harness."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,41 +7,32 @@ from typer import Option
 
 import llmlab
 from llmlab.base.errors import InputError
-from llmlab.cli.options import BatchSize, Limit, Loading, Payload
+from llmlab.cli.options import Loading, Payload
 from llmlab.cli.terminal import console, make_table, print_line
 
 
-@dataclass
-class Asking:
-    """What is asked, and how."""
-
-    tasks: Annotated[str, Option(help="Names of lm-evaluation-harness with commas: hellaswag,mmlu,gsm8k.")]
-    limit: Limit = None
-    num_fewshot: Annotated[int | None, Option(help="Examples before each question; by default the task's.")] = None
-    include_path: Annotated[Path | None, Option(help="A folder with YAML files of your own tasks.")] = None
-    batch_size: BatchSize = 8
-    beside: Annotated[bool, Option("--beside", help="Run the plain harness, too, and compare.")] = False
-
-    def check(self) -> None:
-        """Raise InputError for a number out of range."""
-        for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
-            if (number := getattr(self, name)) is not None and number < least:
-                raise InputError(f"--{name.replace('_', '-')} {number}: give {least} or more.")
-
-
-def eval(asking: Asking, loading: Loading) -> Payload:
+def eval(
+    loading: Loading,
+    tasks: Annotated[str, Option(help="Names of lm-evaluation-harness, with commas: hellaswag,mmlu,gsm8k.")],
+    limit: Annotated[int | None, Option(min=1, help="The first N questions of each task; by default all.")] = None,
+    num_fewshot: Annotated[int | None, Option(min=0, help="Examples before a question; by default the task's.")] = None,
+    include_path: Annotated[Path | None, Option(help="A folder with YAML files of your own tasks.")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Texts written together; of the plain harness, rows.")] = 8,
+    beside: Annotated[bool, Option("--beside", help="Run the plain harness, too, and compare.")] = False,
+) -> Payload:
     """Any task of lm-evaluation-harness: few-shot examples are computed once, texts are written speculatively."""
-    asking.check()
     try:
-        from llmlab.jobs import evaluate as harness
+        from lm_eval.models.huggingface import HFLM
+
+        from llmlab.jobs.evaluate import differences, evaluate, load_tasks
         from llmlab.jobs.harness import HarnessLM
     except ModuleNotFoundError as error:
         raise InputError(f"eval needs lm-evaluation-harness ({error.name}): pip install 'llmlab[dev]'.") from None
     with console.status("reading the tasks"):
-        tasks = harness.load_tasks(asking.tasks.split(","), asking.include_path)
-    lm, seconds = loading.load_checked(lambda _: None)
-    how = {"num_fewshot": asking.num_fewshot, "limit": asking.limit}
-    results = harness.evaluate(HarnessLM(lm, batch_size=asking.batch_size), tasks, **how)
+        loaded = load_tasks(tasks.split(","), include_path)
+    lm, seconds_load = loading.load_checked(lambda _: None)
+    how = {"num_fewshot": num_fewshot, "limit": limit}
+    results = evaluate(HarnessLM(lm, batch_size=batch_size), loaded, **how)
     rows = [
         {"task": task, "metric": metric, "value": m.value, "n": result.n}
         | {"95 % interval": "" if m.low is None else f"{m.low:.4g} – {m.high:.4g}"}
@@ -52,20 +40,20 @@ def eval(asking: Asking, loading: Loading) -> Payload:
         for metric, m in result.values.items()
     ]
     console.print(make_table(lm.name, rows))
-    took = next(iter(results.values())).seconds
-    print_line(f"{took:.1f} s from documents to metrics")
-    payload: Payload = {"tasks": {}, "seconds": took, "seconds_load": seconds}
-    for task, result in results.items():
-        payload["tasks"][task] = result.as_dict() | {"record": llmlab.record(lm, result).as_dict()}
-    if asking.beside:
-        others = harness.evaluate(harness.plain_harness(lm, asking.batch_size), tasks, **how)
-        unequal = {task: numbers for task in results if (numbers := harness.differences(results[task], others[task]))}
+    for protocol in dict.fromkeys(result.protocol for result in results.values()):
+        print_line(protocol, "dim")
+    seconds = next(iter(results.values())).seconds
+    print_line(f"{seconds:.1f} s from documents to metrics")
+    told = {
+        task: result.as_dict() | {"record": llmlab.record(lm, result).as_dict()} for task, result in results.items()
+    }
+    payload: Payload = {"tasks": told, "seconds": seconds, "seconds_load": seconds_load}
+    if beside:
+        plain = HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch_size)
+        others = evaluate(plain, loaded, **how)
+        unequal = {task: numbers for task in results if (numbers := differences(results[task], others[task]))}
         theirs = next(iter(others.values())).seconds
         same = f"other results for the questions {unequal}" if unequal else "equal results"
-        print_line(f"{theirs:.1f} s by the plain harness, {theirs / took:.2f} times as long; {same}")
-        payload["beside"] = {
-            "seconds": theirs,
-            "different": unequal,
-            "values": {t: r.values for t, r in others.items()},
-        }
+        print_line(f"{theirs:.1f} s by the plain harness, {theirs / seconds:.2f} times as long; {same}")
+        payload["beside"] = {"seconds": theirs, "different": unequal}
     return payload

@@ -23,8 +23,8 @@ import datasets
 import huggingface_hub
 import lm_eval
 import numpy as np
+from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import Task
-from lm_eval.models.huggingface import HFLM
 from lm_eval.result_schema import EvalResults, SampleResult
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
@@ -33,7 +33,6 @@ from llmlab.base import hub
 from llmlab.base.errors import InputError
 from llmlab.base.stats import Metric, mean_score
 from llmlab.jobs.harness import HarnessLM
-from llmlab.model.lm import LM
 
 SEED = 1234  # of the few-shot examples, the harness's own
 CLUSTERS = ("source_id", "passage", "article", "paragraph")  # fields of documents: HellaSwag's video or page, a text
@@ -96,7 +95,9 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> TaskDi
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"no folder {include_path}: --include-path takes a folder with YAML files of tasks.")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    own = TaskManager(include_path=include_path, include_defaults=False)
+    # The harness's own 14,000 YAML files are read only for other names, and for groups, which may hold any task.
+    manager = own if {*names} <= {*own.all_subtasks} else TaskManager(include_path=include_path)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise InputError(
             f"unknown task {', '.join(unknown)}: `lm-eval ls tasks` lists them; --include-path adds yours."
@@ -134,7 +135,7 @@ def _hub_asked_once() -> Iterator[bool]:
 
 
 def evaluate(
-    model: HarnessLM | HFLM, tasks: TaskDict, *, num_fewshot: int | None = None, limit: int | None = None
+    model: TemplateLM, tasks: TaskDict, *, num_fewshot: int | None = None, limit: int | None = None
 ) -> dict[str, EvalResult]:
     """Run tasks: name -> result, of tasks and then of groups. Seeds are fixed.
 
@@ -159,7 +160,7 @@ def evaluate(
     return results | {name: _result(name, group.get_all_tasks(), model, told) for name, group in groups.items()}
 
 
-def _result(name: str, tasks: list[Task], model: HarnessLM | HFLM, told: EvalResults) -> EvalResult:
+def _result(name: str, tasks: list[Task], model: TemplateLM, told: EvalResults) -> EvalResult:
     """What the harness found, question by question; of a group the questions of all its tasks."""
     samples = [(task, sample) for task in tasks for sample in told["samples"][task.task_name]]
     first = {task.task_name: told["samples"][task.task_name][0]["filter"] for task in tasks}  # of several, of answers
@@ -227,11 +228,6 @@ def _answer(kind: str, sample: SampleResult) -> tuple[object, list[float]]:
         return responses[0][1] if isinstance(responses[0], tuple) else None, log_probs
     choices = len(log_probs) // (2 if "acc_mutual_info" in sample["metrics"] else 1)  # then all again, without context
     return int(np.argmax(log_probs[:choices])), log_probs
-
-
-def plain_harness(lm: LM, batch_size: int) -> HFLM:
-    """lm-evaluation-harness's own model over the same weights."""
-    return HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch_size)
 
 
 def differences(ours: EvalResult, theirs: EvalResult) -> list[int]:
