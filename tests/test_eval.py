@@ -58,9 +58,6 @@ GROUPS = {  # the sequences of questions, and of how many tokens their stems are
     ),
     "some of them cut": ([cut(question(n, A), [112] * 3) if n == 2 else question(n, A) for n in range(6)], [100]),
 }  # fmt: skip
-SIGHTS = {
-    "soft-caps": (TrieMasks, Slots), "sinks": (TrieMasks, Slots), "learned positions": (TrieMasks, Slots, Flex),
-}  # fmt: skip
 FAMILIES = SHARED | {
     "learned positions": OPTConfig(
         vocab_size=512, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
@@ -97,8 +94,15 @@ def test_questions_that_begin_alike_stand_on_one_stem(name):
     assert scores.work.passes == (2 * len(lengths) + any(not trie.stem for trie in tries))
 
 
+FLEXED = ["layers with and without a window", "learned positions"]
+
+
 @pytest.mark.parametrize(
-    ("family", "sight"), [(f, s) for f in FAMILIES for s in SIGHTS.get(f, (TrieMasks, Slots, Flex))]
+    ("family", "sight"),
+    [
+        *((family, sight) for family in FAMILIES for sight in (TrieMasks, Slots)),
+        *(pytest.param(family, Flex, marks=pytest.mark.slow) for family in FLEXED),
+    ],
 )
 def test_whatever_a_layer_sees_it_sees_through_a_stem(monkeypatch, family, sight):
     monkeypatch.setattr(shared, "sight_of", lambda _: sight)
@@ -200,6 +204,7 @@ def evals(folder, tiny_folders):
     return tasks, evaluate(HarnessLM(lm, batch_size=3), tasks), theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_results_equal_those_of_the_plain_harness(evals, task):
     _, ours, theirs = (results if number == 0 else results[task] for number, results in enumerate(evals))
@@ -229,6 +234,7 @@ def run(monkeypatch, capsys):
     return command
 
 
+@pytest.mark.slow
 def test_the_verb_writes_results_that_can_be_paired(run, evals, folder, tiny_folders, tmp_path, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(folder / "manager.py"))  # instead of 14,000 YAML files
     results = []
@@ -268,6 +274,7 @@ def test_the_verb_writes_results_that_can_be_paired(run, evals, folder, tiny_fol
         read_results(tmp_path / "nothing.json")
 
 
+@pytest.mark.slow
 def test_examples_before_a_question_can_be_chosen(evals, folder, tiny):
     few, ours = load_tasks(["few", "zero"], folder), evals[1]
     results = evaluate(HarnessLM(tiny), few, num_fewshot=2, limit=3)

@@ -95,6 +95,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> TaskDi
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"no folder {include_path}: --include-path takes a folder with YAML files of tasks.")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     own = TaskManager(include_path=include_path, include_defaults=False)
     # The harness's own 14,000 YAML files are read only for other names, and for groups, which may hold any task.
     manager = own if {*names} <= {*own.all_subtasks} else TaskManager(include_path=include_path)

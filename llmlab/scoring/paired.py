@@ -67,7 +67,7 @@ def paired(a: Outcomes, b: Outcomes) -> Paired:
     """Compare two results on the same questions. Raises ValueError if the questions differ."""
     if a.data != b.data:
         raise ValueError(f"the results are of different questions: {a.data} and {b.data}")
-    deltas = [np.abs(np.subtract(x, y)).max() for x, y in zip(a.log_probs, b.log_probs, strict=True)]
+    deltas = [np.abs(np.subtract(x, y)).max() for x, y in zip(a.log_probs, b.log_probs, strict=True) if x]
     better, worse = np.greater(b.right, a.right), np.less(b.right, a.right)
     return Paired(
         n=len(a.right),
