@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
 from llmlab.kernels.fewops import rms_norm
@@ -232,3 +233,27 @@ def tries_attend(lm: LM) -> Iterator[None]:
                     restored.callback(setattr, parent, name, child)
                     setattr(parent, name, fused)
         yield
+
+
+@contextmanager
+def decoded_once(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the layers run in the first forward pass alone; the others are given what came out of it.
+
+    So the family's own forward pass says what becomes of the hidden states: norms, scales and caps around the head.
+    """
+    decoder = model.get_decoder()
+    if decoder is model or "forward" in vars(decoder):
+        yield
+        return
+    outputs: list[Any] = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not outputs:
+            outputs.append(type(decoder).forward(decoder, *args, **kwargs))
+        return outputs[0]
+
+    decoder.forward = forward
+    try:
+        yield
+    finally:
+        del decoder.forward

@@ -12,9 +12,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,16 +21,13 @@ from llmlab.kernels.plain import fastest_matmuls
 from llmlab.model.lm import LM
 from llmlab.model.selfcheck import SHARED, Check, check, plain_logits, probe
 from llmlab.scoring import reference
-from llmlab.scoring.attention import Sight, TrieMasks, tries_attend
+from llmlab.scoring.attention import Sight, TrieMasks, decoded_once, tries_attend
 from llmlab.scoring.encode import Sequence
 from llmlab.scoring.one_call import Flex, Slots
 from llmlab.scoring.pack import head_rows, profile, take
 from llmlab.scoring.scores import OnBatch, Scores, Work, check_finite
 from llmlab.scoring.stems import few_shot_tries
 from llmlab.scoring.trie import Stem, Trie, build, question_tries
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 TRIES = "shared-prefix scoring"  # what its self-check is called
 FLEX = "FlexAttention over tries"
@@ -226,33 +222,9 @@ def in_a_row(lm: LM, tries: list[Trie], sight: type[Sight], head_everywhere: boo
 
 def _logits(lm: LM, batch: Batch, rows: int) -> Iterator[torch.Tensor]:
     """A pass's logits [at most `rows`, vocabulary], part by part: the output head's memory limits no pass."""
-    with _decoded_once(lm.model):
+    with decoded_once(lm.model):
         for few in batch.model["logits_to_keep"].split(rows):
             yield lm.model(**batch.model | {"logits_to_keep": few}).logits[0]
-
-
-@contextmanager
-def _decoded_once(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block the layers run in the first forward pass alone; the others are given what came out of it.
-
-    So the family's own forward pass says what becomes of the hidden states: norms, scales and caps around the head.
-    """
-    decoder = model.get_decoder()
-    if decoder is model or "forward" in vars(decoder):
-        yield
-        return
-    outputs: list[Any] = []
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not outputs:
-            outputs.append(type(decoder).forward(decoder, *args, **kwargs))
-        return outputs[0]
-
-    decoder.forward = forward
-    try:
-        yield
-    finally:
-        del decoder.forward
 
 
 class Totals:
