@@ -48,7 +48,7 @@ def test_what_flex_does_not_serve_is_found_by_its_check():
 
 def test_a_copy_on_cpu_is_checked_with_the_slots_of_gpus_that_are_here(monkeypatch, tmp_path):
     lm = tiny_lm(SHARED["a window in all layers"])
-    monkeypatch.setattr(Slots, "under", lambda self, _: self.ends.new_zeros(1, 1, 1, 1).float())  # all see all
+    monkeypatch.setattr(Slots, "under", lambda self, _: torch.zeros(len(self.tries), 1, 1, 1))  # all see all
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert shared.trie_check(lm).passed
     monkeypatch.setattr(selfcheck, "_outcomes", {})

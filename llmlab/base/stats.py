@@ -43,6 +43,33 @@ def proportion(hits: Sequence[bool]) -> Metric:
     return Metric(successes / n, "", low, high)
 
 
+def clustered_mean(values: Sequence[float], clusters: Sequence[str]) -> Metric:
+    """Mean of questions' scores with a 95 % interval that allows for questions of a cluster succeeding together.
+
+    With s_ic the score of question i of cluster c (Miller 2024, arXiv 2411.00640, section 2.2):
+    SE² = SE_CLT² + 1/n² Σ_c Σ_i Σ_j≠i (s_ic - mean)(s_jc - mean), SE_CLT² = Σ_i (s_i - mean)² / (n (n - 1)).
+    """
+    scores, n = np.asarray(values, dtype=np.float64), len(values)
+    mean = float(scores.mean())
+    off = scores - mean
+    sums = np.bincount(np.unique(clusters, return_inverse=True)[1], off)  # of each cluster
+    variance = off @ off / (n * max(1, n - 1)) + (sums @ sums - off @ off) / n**2
+    half = Z95 * math.sqrt(max(0.0, float(variance)))
+    return Metric(mean, "", mean - half, mean + half)
+
+
+def mean_score(values: Sequence[float], clusters: Sequence[str]) -> Metric:
+    """The same; with Wilson's interval where it says more: for 0 and 1 if each question is a cluster, or all are equal.
+
+    In the latter case no spread is seen, and a cluster counts as one question.
+    """
+    plain = clustered_mean(values, clusters)
+    count = len(set(clusters))
+    if set(values) <= {0, 1} and (count == len(values) or plain.value in (0, 1)):
+        return Metric(plain.value, "", *wilson(round(plain.value * count), count))
+    return plain
+
+
 def median_interval(values: Sequence[float], *, draws: int = 2000) -> tuple[float, float, float]:
     """Median and its bootstrap 95 % interval (percentile method) as (median, low, high)."""
     sample = np.asarray(values, dtype=np.float64)

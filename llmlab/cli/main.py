@@ -14,6 +14,7 @@ import llmlab
 from llmlab.base.errors import InputError, Interrupted
 from llmlab.cli import bench
 from llmlab.cli.compare import compare
+from llmlab.cli.evals import eval
 from llmlab.cli.lab import report, sweep
 from llmlab.cli.options import BatchSize, Data, Limit, Loading, Payload, add_verb, finish, measuring, read_rows
 from llmlab.cli.terminal import console, doctor_table, make_table, print_line
@@ -242,6 +243,7 @@ peers = typer.Typer(help="Measure against the peers, interleaved in one process.
 app.add_typer(peers, name="bench")
 
 add_verb(app, score, "score --model smollm2 --data everyday --limit 40 --json out.json", records=True)
+add_verb(app, eval, "eval --tasks hellaswag,arc_easy,gsm8k --limit 100 --beside", records=True)
 add_verb(app, perplexity, "perplexity --model smollm2 --text book.txt --context 512 --json out.json", records=True)
 add_verb(app, generate, "generate --prompt 'The capital of France is' --max-new-tokens 16", records=True)
 add_verb(app, plan, "plan --model opt-30b --devices 4 --memory 32GiB")

@@ -63,6 +63,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
             raise InputError(f"batch size {batch_size}: give a positive number.")
         self.lm, self._tokenizer, self.max_new_tokens = lm, lm.tokenizer, max_new_tokens
         self.batch_size, self.draft = batch_size, draft
+        self.settings: dict[str, dict[str, str]] = {}  # kind of request -> how the last such were answered
         # The harness's own rule, for models that state no length too, so that windows are cut where it cuts them.
         self.max_length = min(resolve_max_length(lm.model.config, lm.tokenizer), lm.card.context_length)
 
@@ -101,7 +102,13 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
             ids = (context + continuation)[-self.max_length - 1 :]
             question = questions.setdefault(tuple(context), len(questions))
             sequences.append(Sequence(question, len(sequences), ids, len(ids) - len(continuation)))
-        scores = shared.log_probs(self.lm, sequences)
+        with progress(len(sequences), "scoring", "continuation") as bar:
+
+            def show(finished: list[Sequence], _: list[float]) -> None:
+                bar.update(len(finished))
+
+            scores = shared.log_probs(self.lm, sequences, on_batch=show)
+        self.settings["loglikelihood"] = scores.settings
         return list(zip(scores.log_probs, scores.greedy, strict=True))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -126,6 +133,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         Requests with the same gen_kwargs are decoded together, longest first. Raises InputError for gen_kwargs that are
         not known here and for settings out of range, before the first request is continued.
         """
+        draft = self.draft if isinstance(self.draft, str) else "given"
+        self.settings["generate_until"] = {"batch_size": str(self.batch_size), "draft": draft}
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)

@@ -27,6 +27,7 @@ from llmlab.model.lm import LM
 
 if TYPE_CHECKING:
     from llmlab.decoding.result import GenerateResult
+    from llmlab.jobs.evaluate import EvalResult
     from llmlab.scoring.perplexity import PerplexityResult
     from llmlab.scoring.score import ScoreResult
 
@@ -61,7 +62,7 @@ class Measurement:
         return self.details
 
 
-Result: TypeAlias = "Measurement | ScoreResult | PerplexityResult | GenerateResult"
+Result: TypeAlias = "Measurement | ScoreResult | PerplexityResult | GenerateResult | EvalResult"
 
 
 @dataclass(frozen=True)

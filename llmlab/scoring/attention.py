@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
 from llmlab.kernels.fewops import rms_norm
@@ -41,12 +42,20 @@ HARMLESS = {
 
 
 def ancestor_mask(trie: Trie, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[n, n], added to the attention scores: 0 where a node (row) sees a node (column), -inf elsewhere."""
-    ends = torch.tensor(trie.subtree_ends, device=device)
-    place = torch.arange(len(trie), device=device)
+    """[n, P + n], added to the attention scores: 0 where a node (row) sees a token of the P of the stem or a node
+    (column), -inf elsewhere."""
+    before = trie.depths[0]
+    ends = torch.tensor([len(trie)] * before + trie.subtree_ends, device=device)
+    place = torch.arange(-before, len(trie), device=device)
     # Node j is an ancestor of i (or i itself) when j <= i < end of j's subtree.
-    sees = (place <= place[:, None]) & (place[:, None] < ends)
+    sees = (place <= place[before:, None]) & (place[before:, None] < ends)
     return torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill(~sees, float("-inf"))
+
+
+def behind(before: int, depths: torch.Tensor) -> torch.Tensor:
+    """Depths [..., n] behind those of a stem: [..., P + n]."""
+    stem = torch.arange(before, device=depths.device).expand(*depths.shape[:-1], -1)
+    return torch.cat([stem, depths], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -65,10 +74,15 @@ class Asked:
 
 
 class Sight(ABC):
-    """Who sees whom in a pass's row of tries, and the attention that follows from it."""
+    """Who sees whom in a pass's row of tries, which have the same stem, and the attention that follows from it.
+
+    Attributes:
+        before: P, how many keys and values of the stem stand before those of the row.
+    """
 
     def __init__(self, tries: list[Trie], dtype: torch.dtype, device: torch.device) -> None:
         self.tries, self.dtype, self.device = tries, dtype, device
+        self.before = tries[0].depths[0]
 
     @staticmethod
     def places(lengths: list[int]) -> list[int]:
@@ -79,7 +93,17 @@ class Sight(ABC):
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule, asked: Asked
     ) -> torch.Tensor:
-        """[1, heads, N, d] queries (keys, values: KV heads) to [1, N, heads, d]; `rule` as in `TrieMasks.under`."""
+        """[1, heads, N, d] queries (keys, values: [1, KV heads, P + N, d]) to [1, N, heads, d]; `rule`: see `under`."""
+
+    def behind_stem(self, module: torch.nn.Module, *own: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A layer's keys and values behind those of the stem; in the stem's own pass they are kept."""
+        if not (stem := self.tries[0].stem):
+            return own
+        if self.before:
+            return tuple(torch.cat(pair, dim=2) for pair in zip(stem.layers[module], own, strict=True))
+        key, value = own
+        stem.layers[module] = key.contiguous(), value.contiguous()
+        return own
 
 
 class TrieMasks(Sight):
@@ -91,10 +115,10 @@ class TrieMasks(Sight):
         self.masks = {causal_mask_function: [ancestor_mask(trie, dtype, device) for trie in tries]}
 
     def under(self, rule: Rule) -> list[torch.Tensor]:
-        """[n, n] for each trie: -inf where a node is no ancestor, or `rule` forbids what lies between their depths."""
+        """[n, P + n] for each trie: -inf where a node is no ancestor, or `rule` forbids what lies between depths."""
         if rule not in self.masks:
             ancestors, zero = self.masks[causal_mask_function], self.depths[0].new_zeros(())
-            allowed = [rule(zero, zero, depths[:, None], depths) for depths in self.depths]
+            allowed = [rule(zero, zero, depths[:, None], behind(self.before, depths)) for depths in self.depths]
             self.masks[rule] = [
                 mask.masked_fill(~sees, float("-inf")) for mask, sees in zip(ancestors, allowed, strict=True)
             ]
@@ -114,11 +138,16 @@ class TrieMasks(Sight):
         outputs, start = [], 0
         for mask in masks:
             part = slice(start, start + len(mask))
-            q, k, v = query[:, :, part], key[:, :, part], value[:, :, part]
+            q, k, v = query[:, :, part], self.seen_by(part, key), self.seen_by(part, value)
             output = _fused_attention(q, k, v, mask, asked.scale) if fused else matmul_attention(q, k, v, mask, asked)
             outputs.append(output.transpose(1, 2))
             start += len(mask)
         return torch.cat(outputs, dim=1).to(dtype)
+
+    def seen_by(self, part: slice, keys: torch.Tensor) -> torch.Tensor:
+        """Keys (or values) of the stem and of a trie, which is that part of the row."""
+        own = keys[:, :, self.before :][:, :, part]
+        return torch.cat([keys[:, :, : self.before], own], dim=2) if self.before else own
 
 
 def trie_rule(*, mask_function: Rule, use_vmap: bool = False, **_: object) -> Rule:
@@ -152,6 +181,7 @@ def trie_attention(
     if not callable(attention_mask):
         raise NotImplementedError("attention over tries with a mask that is made elsewhere")
     asked = Asked(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    key, value = sight.behind_stem(module, key, value)
     return sight.attend(query, key, value, attention_mask, asked), None
 
 
@@ -166,18 +196,18 @@ def matmul_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, asked: Asked
 ) -> torch.Tensor:
     """softmax(cap(q k^T scale) + mask) v: [batch, heads, n, d], the query heads of a KV head as rows of one matmul."""
-    (batch, heads, n, d), kv_heads = q.shape, k.shape[1]
-    keys, values = k.reshape(-1, n, d), v.reshape(-1, n, v.shape[-1])  # [batch x KV heads, n, d]
+    (batch, heads, n, d), (_, kv_heads, seen, _) = q.shape, k.shape
+    keys, values = k.reshape(-1, seen, d), v.reshape(-1, seen, v.shape[-1])  # [batch x KV heads, P + n, d]
     folded = q.reshape(batch * kv_heads, -1, d) * asked.scale
-    scores = torch.bmm(folded, keys.transpose(1, 2)).view(batch, heads, n, n)
+    scores = torch.bmm(folded, keys.transpose(1, 2)).view(batch, heads, n, seen)
     if asked.softcap is not None:
         scores = scores.div_(asked.softcap).tanh_().mul_(asked.softcap)
     scores = scores.add_(mask)
     if asked.sinks is not None:
         sinks = asked.sinks.to(scores.dtype).view(1, heads, 1, 1).expand(batch, heads, n, 1)
         scores = torch.cat([scores, sinks], dim=-1)
-    weights = scores.softmax(dim=-1)[..., :n]  # sums in fp32 inside the kernel
-    return torch.bmm(weights.reshape(batch * kv_heads, -1, n), values).view(batch, heads, n, v.shape[-1])
+    weights = scores.softmax(dim=-1)[..., :seen]  # sums in fp32 inside the kernel
+    return torch.bmm(weights.reshape(batch * kv_heads, -1, seen), values).view(batch, heads, n, v.shape[-1])
 
 
 AttentionInterface.register(NAME, trie_attention)
@@ -203,3 +233,27 @@ def tries_attend(lm: LM) -> Iterator[None]:
                     restored.callback(setattr, parent, name, child)
                     setattr(parent, name, fused)
         yield
+
+
+@contextmanager
+def decoded_once(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the layers run in the first forward pass alone; the others are given what came out of it.
+
+    So the family's own forward pass says what becomes of the hidden states: norms, scales and caps around the head.
+    """
+    decoder = model.get_decoder()
+    if decoder is model or "forward" in vars(decoder):
+        yield
+        return
+    outputs: list[Any] = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not outputs:
+            outputs.append(type(decoder).forward(decoder, *args, **kwargs))
+        return outputs[0]
+
+    decoder.forward = forward
+    try:
+        yield
+    finally:
+        del decoder.forward

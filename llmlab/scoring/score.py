@@ -70,6 +70,16 @@ class ScoreResult:
         return len(self.labels)
 
     @property
+    def right(self) -> list[int]:
+        """1 for each question that acc counts, else 0."""
+        return [int(p == label) for p, label in zip(self.predictions, self.labels, strict=True)]
+
+    @property
+    def clusters(self) -> list[str]:
+        """Each question by itself: a question does not tell its source."""
+        return [str(number) for number in range(self.n)]
+
+    @property
     def method(self) -> str:
         """The path, "shared" or "reference", with the layout where several ranks scored."""
         return ", ".join(self.settings[name] for name in ("method", "layout") if name in self.settings)

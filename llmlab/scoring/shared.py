@@ -12,25 +12,22 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from llmlab.kernels.plain import fastest_matmuls
 from llmlab.model.lm import LM
-from llmlab.model.selfcheck import Check, check, plain_logits, probe
+from llmlab.model.selfcheck import SHARED, Check, check, plain_logits, probe
 from llmlab.scoring import reference
-from llmlab.scoring.attention import Sight, TrieMasks, tries_attend
+from llmlab.scoring.attention import Sight, TrieMasks, decoded_once, tries_attend
 from llmlab.scoring.encode import Sequence
 from llmlab.scoring.one_call import Flex, Slots
 from llmlab.scoring.pack import head_rows, profile, take
 from llmlab.scoring.scores import OnBatch, Scores, Work, check_finite
-from llmlab.scoring.trie import Trie, question_tries
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from llmlab.scoring.stems import few_shot_tries
+from llmlab.scoring.trie import Stem, Trie, build, question_tries
 
 TRIES = "shared-prefix scoring"  # what its self-check is called
 FLEX = "FlexAttention over tries"
@@ -63,7 +60,7 @@ def in_tries(
 ) -> Scores:
     """The same for a model that is known to be served."""
     with fastest_matmuls(lm.model):
-        return score_tries(lm, sequences, question_tries(sequences), budget=budget, on_batch=on_batch)
+        return score_tries(lm, sequences, few_shot_tries(lm, sequences), budget=budget, on_batch=on_batch)
 
 
 def serves(lm: LM, sequences: list[Sequence]) -> bool:
@@ -78,7 +75,7 @@ def serves(lm: LM, sequences: list[Sequence]) -> bool:
 
 
 def trie_check(lm: LM) -> Check:
-    """Tries of the probe in a row, against the plain forward pass.
+    """Tries of the probe in a row, and its rows on a stem, against the plain forward pass.
 
     Where GPUs are, a model on CPU is checked with their slots, too: a small copy speaks for the ranks that work there.
     """
@@ -98,19 +95,25 @@ def sight_of(lm: LM) -> type[Sight]:
 
 def _check(lm: LM, path: str, *sights: type[Sight]) -> Check:
     short, long = sorted(probe(lm), key=len)
-    # Every position is asked for: the whole row is an ending, but for its first token.
+    # Every position is asked for: the whole row is an ending, but for its first token, or for the stem.
     sequences = [Sequence(*at, [*ids, 0], 1) for at, ids in (((0, 0), short), ((1, 0), long), ((1, 1), short))]
+    stem = Stem(long[:SHARED])
+    on_stem = [build([Sequence(n, 0, [*ids, 0], SHARED + 1)], [n], stem=stem) for n, ids in enumerate((long, short))]
 
     def in_order(sight: type[Sight]) -> torch.Tensor:
+        found: list[torch.Tensor] = []
         with tries_attend(lm), fastest_matmuls(lm.model):
-            batch = in_a_row(lm, question_tries(sequences), sight)
-            logits = torch.cat(list(_logits(lm, batch, rows=len(long))))
-        numbers = torch.tensor([number for _, _, number in batch.scored])
-        return logits[torch.cat([batch.rows[numbers == number] for number in (1, 2, 0)]).to(logits.device)]
+            for tries, order in ((question_tries(sequences), (1, 2, 0)), ([stem.trie()], ()), (on_stem, (0, 1))):
+                batch = in_a_row(lm, tries, sight)
+                logits = torch.cat(list(_logits(lm, batch, rows=len(long))))
+                numbers = torch.tensor([number for _, _, number in batch.scored])
+                found += [logits[batch.rows[numbers == number].to(logits.device)] for number in order]
+        return torch.cat(found)
 
     def plain() -> torch.Tensor:
         logits = plain_logits(lm)
-        return torch.cat([logits, logits[-len(short) :]] * len(sights))
+        rows = logits[: len(long)], logits[len(long) :]
+        return torch.cat([logits, rows[1], *(row[SHARED:] for row in rows)] * len(sights))
 
     return check(lm, path, lambda: torch.cat([in_order(sight) for sight in sights]), plain)
 
@@ -162,24 +165,31 @@ class Batch:
 
 
 def passes(lm: LM, tries: list[Trie], budget: int | None = None, *, head_everywhere: bool = False) -> Iterator[Batch]:
-    """Tries in forward passes, the longest first; to be run within `tries_attend`.
+    """Tries in forward passes, the longest first, those of a stem behind its own pass; to be run within `tries_attend`.
 
     Args:
         lm: the model.
-        tries: from `question_tries`.
+        tries: from `question_tries` or `few_shot_tries`; a pass must have been run before the next one is asked for.
         budget: nodes a pass; by default what this device's profile says, which learns from the time until the next
             pass is asked for.
         head_everywhere: let the output head work at every node, as a plain forward pass does: for the ablation.
     """
-    waiting = sorted(tries, key=len)
     measured, sight = profile(lm), sight_of(lm)
-    while waiting:
-        limit = budget or measured.budget()
-        begin = time.perf_counter()
-        batch = in_a_row(lm, take(waiting, limit, sight), sight, head_everywhere)
-        yield batch
-        if budget is None:
-            measured.observe(limit, batch.nodes, time.perf_counter() - begin)
+    by_stem: dict[Stem | None, list[Trie]] = {}
+    for trie in sorted(tries, key=len):
+        by_stem.setdefault(trie.stem, []).append(trie)
+    for stem, waiting in by_stem.items():
+        if stem:
+            yield in_a_row(lm, [stem.trie()], sight)
+        while waiting:
+            limit = budget or measured.budget()
+            begin = time.perf_counter()
+            batch = in_a_row(lm, take(waiting, limit, sight), sight, head_everywhere)
+            yield batch
+            if budget is None and not stem:  # behind a stem attention costs more: another profile
+                measured.observe(limit, batch.nodes, time.perf_counter() - begin)
+        if stem:
+            stem.layers.clear()
 
 
 def in_a_row(lm: LM, tries: list[Trie], sight: type[Sight], head_everywhere: bool = False) -> Batch:
@@ -191,8 +201,10 @@ def in_a_row(lm: LM, tries: list[Trie], sight: type[Sight], head_everywhere: boo
     for trie, start in zip(tries, places, strict=False):
         ids[start : start + len(trie)], depths[start : start + len(trie)] = trie.ids, trie.depths
         scored.extend((start + node, token, sequence) for node, token, sequence in trie.scored)
-    asking = torch.tensor([node for node, _, _ in scored])
+    asking = torch.tensor([node for node, _, _ in scored], dtype=torch.long)
     nodes, rows = torch.unique(asking, return_inverse=True)  # [asked], [triples]
+    if not scored:  # a stem; heads need not take an input without rows
+        nodes = torch.tensor([total - 1])
     if head_everywhere:
         nodes, rows = torch.arange(total), asking
     model = {
@@ -204,39 +216,15 @@ def in_a_row(lm: LM, tries: list[Trie], sight: type[Sight], head_everywhere: boo
         "use_cache": False,
         "logits_to_keep": nodes.to(device),  # the output head works only where a token is asked for
     }
-    targets = torch.tensor([token for _, token, _ in scored], device=device)
+    targets = torch.tensor([token for _, token, _ in scored], dtype=torch.long, device=device)
     return Batch(model, scored, rows, targets, total - sum(map(len, tries)))
 
 
 def _logits(lm: LM, batch: Batch, rows: int) -> Iterator[torch.Tensor]:
     """A pass's logits [at most `rows`, vocabulary], part by part: the output head's memory limits no pass."""
-    with _decoded_once(lm.model):
+    with decoded_once(lm.model):
         for few in batch.model["logits_to_keep"].split(rows):
             yield lm.model(**batch.model | {"logits_to_keep": few}).logits[0]
-
-
-@contextmanager
-def _decoded_once(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block the layers run in the first forward pass alone; the others are given what came out of it.
-
-    So the family's own forward pass says what becomes of the hidden states: norms, scales and caps around the head.
-    """
-    decoder = model.get_decoder()
-    if decoder is model or "forward" in vars(decoder):
-        yield
-        return
-    outputs: list[Any] = []
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not outputs:
-            outputs.append(type(decoder).forward(decoder, *args, **kwargs))
-        return outputs[0]
-
-    decoder.forward = forward
-    try:
-        yield
-    finally:
-        del decoder.forward
 
 
 class Totals:
