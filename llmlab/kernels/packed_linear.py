@@ -12,7 +12,6 @@ from typing import Protocol
 
 import torch
 
-from llmlab.base.errors import InputError
 from llmlab.kernels.choose import INT4_CPU, INT8_CPU, NATIVE, REFERENCE, TRITON, choose_kernel, native_takes, packed
 from llmlab.kernels.graphs import copies, rows_up_to
 from llmlab.kernels.native_packed import NativeProduct
@@ -286,12 +285,6 @@ def _random(in_features: int, out_features: int, bits: int, size: int, sequentia
 def quant_linears(model: torch.nn.Module) -> list[QuantLinear]:
     """The packed Linears of a model."""
     return [module for module in model.modules() if isinstance(module, QuantLinear)]
-
-
-def check_storable(model: torch.nn.Module) -> None:
-    """Raise InputError for a model with real zero points, for which checkpoints have no place."""
-    if any(linear.qzeros.is_floating_point() for linear in quant_linears(model)):
-        raise InputError("real zero points fit into no GPTQ checkpoint: quantize with integer ones to save the model.")
 
 
 def prepare(model: torch.nn.Module, dtype: torch.dtype) -> None:

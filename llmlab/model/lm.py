@@ -16,7 +16,7 @@ from llmlab.base.errors import InputError
 from llmlab.base.paths import atomic_folder, new_folder
 from llmlab.kernels import fast
 from llmlab.kernels.cuda import advice, nvidia, usable
-from llmlab.kernels.packed_linear import check_storable, quant_linears
+from llmlab.kernels.packed_linear import quant_linears
 from llmlab.model.card import ModelCard
 from llmlab.model.matrices import stored_names
 from llmlab.model.tokens import encode
@@ -72,7 +72,8 @@ class LM:
         The folder appears when it is complete. Raises InputError if it exists already or cannot be written, and for
         real zero points, which no checkpoint holds.
         """
-        check_storable(self.model)
+        if any(linear.qzeros.is_floating_point() for linear in quant_linears(self.model)):
+            raise InputError("real zero points fit into no GPTQ checkpoint: quantize with integer ones to save it.")
         target = new_folder(folder)
         with atomic_folder(target) as staging:
             config = self.model.config
