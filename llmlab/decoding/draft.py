@@ -179,6 +179,7 @@ class Draft(Protocol):
 
     name: str
     free: bool  # whether proposing costs next to nothing
+    prior: float  # the acceptance rate to expect before a row has tried it
 
     @property
     def engine(self) -> Engine | None:
@@ -203,7 +204,7 @@ class Draft(Protocol):
 class Free:
     """What drafts without a model have in common: nothing to get ready, nothing to pay."""
 
-    free = True
+    free, prior = True, 0.7
     engine: Engine | None = None
 
     def begin(self, target: Decoder, prompts: list[list[int]], length: int) -> None:

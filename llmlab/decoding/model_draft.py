@@ -17,7 +17,7 @@ MOST_K = 64  # tokens that may be drafted at once
 class ModelDraft:
     """A smaller model with the same tokenizer. It stays in step by reading what was accepted."""
 
-    free = False
+    free, prior = False, 0.7
 
     def __init__(self, lm: LM) -> None:
         self.lm = lm

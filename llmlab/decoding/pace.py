@@ -74,6 +74,8 @@ class Pace:
         proposals, self.guesses = [Proposal() for _ in rows], [[] for _ in rows]
         self.idle, self.draft_seconds = self.idle + 1, 0.0
         for draft in self.drafts if most > 0 else []:
+            for row in rows:
+                row.rates.setdefault(draft.name, Rate(prior=draft.prior))
             depth = most if draft.free else min(most, self._worth(draft, rows, proposals))
             if depth == 0:
                 continue

@@ -22,7 +22,7 @@ class SelfDraft:
         lm: such as `llmlab.self_4bit(model)` or `llmlab.quantize(model, bits=4)`.
     """
 
-    free = False
+    free, prior = False, 0.9
 
     def __init__(self, lm: LM) -> None:
         self.lm = lm
