@@ -277,7 +277,7 @@ def test_bench_decoding_reports_what_it_promises(tiny_folders):
     assert result["int4_vs_llamacpp"] is None and result["llamacpp"] == "the model is no .gguf file"
     drafts = {row["draft"] for row in result["rows"] if row["engine"] == "llmlab"}
     assert drafts == {"", *FREE_DRAFTS, "self-4bit", "lookup, self-4bit", f"{CASCADE}, self-4bit"}
-    assert result["head_bits"] == 4 and result["kernel"]
+    assert result["head_bits"] == 8 and result["kernel"]
     assert set(result["cascade_speedup"]) == {row["kind"] for row in result["rows"]}
     assert {row["engine"] for row in result["rows"]} == {"llmlab", "transformers"}
     assert {row["batch"] for row in result["rows"]} == {1, 4}  # four prompts a kind make no batch of 8
