@@ -110,7 +110,7 @@ def measure_point(
 
     exact = load(name, dtype="fp32", device=device, check=check)
     lm = transformed(exact, combination, given.calibration, effort.rows)
-    timed, measurable = given.questions[: effort.timed], availability(lm.device)
+    timed, measurable = given.questions[: effort.timed], availability(lm.device)[0]
     with _running(lm, combination, given.prompts, effort.new_tokens) as (ask, write, weights):
         peak = peak_bytes(lambda: (ask(timed), write()), lm.device)  # the warm-up, too
         scored = ask(given.questions)
@@ -120,7 +120,7 @@ def measure_point(
             written = write()
             tokens = sum(part.decoded_tokens for part in written)
             decoding.append(max(part.seconds_decode for part in written) / max(1, tokens))
-        energy = measure_energy(write, lm.device, ranks=combination.cuts.ranks) if measurable[0] else None
+        energy = measure_energy(write, lm.device, ranks=combination.cuts.ranks) if measurable else None
         joules = joules_per_1000_tokens(energy, tokens) if energy else None
     values, perplexities = _quality(exact, lm, scored, given.questions, effort.windows)
     values["questions_per_second"] = _rate(scoring, len(timed), "1/s")

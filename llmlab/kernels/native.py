@@ -51,6 +51,13 @@ class Native:
 
 
 @cache
+def edition() -> str:
+    """Of the operators: what was compiled around others (their layouts are compiled in) must not serve these."""
+    texts = (path.read_bytes() for path in (SOURCE, *HEADERS, Path(__file__)))
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
+
+
+@cache
 def native() -> Native:
     """Compile the kernels, or find them compiled, and load them: `torch.ops.llmlab`. Once a process.
 

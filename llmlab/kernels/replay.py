@@ -23,6 +23,7 @@ from torch.nn.utils.stateless import _reparametrize_module  # what functional_ca
 from llmlab.base.paths import cache_folder
 from llmlab.kernels.fast import machine
 from llmlab.kernels.graphs import CudaGraph, Graph, Inputs, Run, capture
+from llmlab.kernels.native import edition
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -201,9 +202,10 @@ def compiled(run: Run) -> Run:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # inductor takes a second to import
 
     # Inductor's cache does not ask which processor a kernel was made for: one with fewer instructions, or limited to
-    # fewer, gets NaN or dies of them. So each has a folder of its own, unless the user named one.
+    # fewer, gets NaN or dies of them; nor which layouts our operators return. So each has a folder of its own, unless
+    # the user named one.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor" / machine())
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor" / f"{machine()}-{edition()}")
     return cast(Run, torch.compile(run, dynamic=False))
 
 
