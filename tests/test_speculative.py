@@ -309,7 +309,7 @@ def test_named_drafts_and_their_forecast(smollm2, engine):
     *free, own = named_drafts(smollm2, "lookup, suffix,recycling, self-4bit")
     assert [draft.name for draft in free if draft.free] == ["lookup", "suffix", "recycling"] and not own.free
     text = forecast(engine, [*free, own], 1)
-    assert "milliseconds of a pass" in text and own.name in text and "head 4 bits" in own.name
+    assert "milliseconds of a pass" in text and own.name in text and "head 8 bits" in own.name
     for wrong, message in (("", "takes lookup"), ("nothing-here", "nothing-here")):
         with pytest.raises(InputError, match=message):
             named_drafts(smollm2, wrong)
