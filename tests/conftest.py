@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 import llmlab
+from llmlab.cli.main import main
 from llmlab.kernels.packed_linear import QuantLinear
 
 # So that glibc gives memory back which a test has freed; engines come and go here by the dozen.
@@ -112,3 +114,17 @@ def tiny_folders(smollm2, tmp_path_factory):
 def tiny(request, tiny_folders):
     """A tiny random LLaMA and a tiny random OPT, one after the other."""
     return llmlab.load(str(tiny_folders[request.param]), dtype="fp32", device="cpu")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process; returns (exit status, stdout, stderr)."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["llmlab", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return command

@@ -17,20 +17,6 @@ ROW = {
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process; returns (exit status, stdout, stderr)."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["llmlab", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return command
-
-
-@pytest.fixture
 def rows_file(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(ROW) + "\n" for _ in range(3)))

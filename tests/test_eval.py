@@ -1,7 +1,6 @@
 """`llmlab eval`: stems, tasks of lm-evaluation-harness, intervals over clusters, pairs of evals."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from transformers import OPTConfig
 import llmlab
 from llmlab import InputError
 from llmlab.base.stats import clustered_mean, mean_score, proportion
-from llmlab.cli.main import main
 from llmlab.jobs.evaluate import differences, evaluate, load_tasks, read_results
 from llmlab.jobs.harness import HarnessLM
 from llmlab.measure.record import read_records
@@ -220,20 +218,6 @@ def test_results_equal_those_of_the_plain_harness(evals, task):
     assert compared.max_abs_delta < 5e-4
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process; returns (exit status, stdout, stderr)."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["llmlab", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, " ".join(captured.out.split()), captured.err
-
-    return command
-
-
 @pytest.mark.slow
 def test_the_verb_writes_results_that_can_be_paired(run, evals, folder, tiny_folders, tmp_path, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(folder / "manager.py"))  # instead of 14,000 YAML files
@@ -245,6 +229,7 @@ def test_the_verb_writes_results_that_can_be_paired(run, evals, folder, tiny_fol
             "--limit", 7, "--beside", "--json", out,
         )  # fmt: skip
         assert status == 0
+        shown = " ".join(shown.split())  # however it was wrapped
         assert "as long; equal results" in shown
         assert "few-shot seed 1234" in shown
         results.append(read_results(out))

@@ -52,8 +52,8 @@ def choose_kernel(linear: PackedMatrix) -> tuple[str, Multiply | None]:
         return INT4_CPU, int4_product(linear.unpacked(), linear.bits)
     if cpu and linear.bits == 8 and linear.groups == 1 and bool((linear.zeros == 128).all()):
         return INT8_CPU, int8_product(linear.unpacked())
-    whole = not linear.zeros.is_floating_point()
-    if linear.qweight.device.type == "cuda" and linear.sequential and size % 32 == 0 and whole:
+    real = linear.qzeros.is_floating_point()
+    if linear.qweight.device.type == "cuda" and linear.sequential and size % 32 == 0 and not real:
         from llmlab.kernels import triton_packed
 
         return TRITON, functools.partial(triton_packed.multiply, packed(linear))
