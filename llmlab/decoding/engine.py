@@ -246,6 +246,14 @@ class Engine:
             self.profile()
         return self.times.seconds(batch or self.cache.batch, width)
 
+    def observe(self, width: int, seconds: float) -> None:
+        """What a pass over `width` tokens of each row took, see `PassTimes.observe`."""
+        self.times.observe(self.cache.batch, width, seconds)
+
+    def agreed(self, seconds: float) -> float:
+        """What the ranks that share the model take for these seconds, of which each has measured its own."""
+        return self.times.agree([seconds])[0]
+
     def profile(self) -> dict[int, float]:
         """Seconds of a pass by its width at the batch size of the cache, measured once. Keeps nothing in the cache."""
         return self.times.measure(self.forward, self.cache)

@@ -5,6 +5,7 @@ It is batched: each row keeps what it may, and ends by itself. What is accepted,
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -95,7 +96,7 @@ def decode(
     while any(row.open for row in rows):
         rows = _without_ended(rows, engine, drafts)
         proposals = pace.propose(rows, settings.sampling)
-        steps = _verified(engine, rows, proposals, drafts, settings.sampling)
+        steps = _verified(engine, rows, proposals, pace, settings.sampling)
         pace.observe(rows, {number: step.tokens for number, step in steps.items()})
         _count(tally, rows, proposals, steps, pace)
         yield {row.number: _give(row, steps[row.number], settings) for row in rows if row.open}
@@ -128,15 +129,18 @@ def _without_ended(rows: list[Row], engine: Decoder, drafts: Sequence[Draft]) ->
 
 
 def _verified(
-    engine: Decoder, rows: list[Row], proposals: list[Proposal], drafts: Sequence[Draft], sampling: Sampling
+    engine: Decoder, rows: list[Row], proposals: list[Proposal], pace: Pace, sampling: Sampling
 ) -> dict[int, Step]:
     """One pass over what was drafted; what it brings each open row, by the row's number."""
     tokens = [[row.new[-1], *p.tokens] for row, p in zip(rows, proposals, strict=True)]
     trees = not all(p.is_chain for p in proposals)
     parents = [[-1, *(parent + 1 for parent in p.parents)] for p in proposals] if trees else None
+    begin, recorded = time.perf_counter(), engine.seconds_recording
     logits = engine.forward(tokens, parents)
     best = _best(logits, engine)
-    for draft in drafts:
+    if engine.seconds_recording == recorded:
+        engine.observe(max(map(len, tokens)), time.perf_counter() - begin)
+    for draft in pace.drafts:
         draft.learn(tokens, logits)
     steps: dict[int, Step] = {}
     kept: list[list[int]] = [[] for _ in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from llmlab.decoding.plain_engine import Decoder
 
 MOST = 16  # drafted tokens a row where k adapts
 PROBE = 24  # passes without a costly draft after which it is tried again
+SHARE = 0.01  # of the time, that free drafts may take while nothing comes of them
 
 
 @dataclass
@@ -53,7 +55,8 @@ class Pace:
 
     Several drafts are a cascade: the guesses of the free ones become one tree, each token with the chance that its
     draft gives it, times how often such guesses of that draft came true in this row; a costly draft is asked where it
-    promises more speed than they do. Of the tree those tokens are verified that pay for their part of the pass.
+    promises more speed than they do. Of the tree those tokens are verified that pay for their part of the pass. Even
+    free drafts take a little time, a tree of each row: while none of it is verified they are asked from time to time.
 
     Args:
         engine: of the model that verifies.
@@ -64,30 +67,51 @@ class Pace:
     def __init__(self, engine: Decoder, drafts: Sequence[Draft], k: int | None) -> None:
         self.engine, self.drafts, self.k = engine, sorted(drafts, key=lambda draft: not draft.free), k
         self.idle = 0  # passes since a costly draft was asked
-        self.draft_seconds = 0.0  # predicted for the drafts of the last proposals
+        self.draft_seconds = 0.0  # of the drafts of the last proposals: predicted, of free ones measured
+        self.rest = 0  # passes for which free drafts are not asked
+        self.asking: dict[int, float] = {}  # seconds that it takes to ask them, by rows
         self.guesses: list[list[Proposal]] = []  # of each row, the last ones, as the drafts made them
 
     def propose(self, rows: list[Row], sampling: Sampling) -> list[Proposal]:
         """What of the drafts' guesses for each row is verified."""
-        contexts = [row.prompt + row.new for row in rows]
         most = min(MOST if self.k is None else self.k, max(row.left for row in rows))
         proposals, self.guesses = [Proposal() for _ in rows], [[] for _ in rows]
-        self.idle, self.draft_seconds = self.idle + 1, 0.0
+        self.idle, self.rest, self.draft_seconds, asking = self.idle + 1, self.rest - 1, 0.0, 0.0
         for draft in self.drafts if most > 0 else []:
             for row in rows:
                 row.rates.setdefault(draft.name, Rate(prior=draft.prior))
-            depth = most if draft.free else min(most, self._worth(draft, rows, proposals))
-            if depth == 0:
-                continue
-            if not draft.free:
+            if not draft.free and (depth := min(most, self._worth(draft, rows, proposals))):
                 self.idle = 0
                 self.draft_seconds += depth * draft.seconds()
-            for place, (row, guess) in enumerate(zip(rows, draft.propose(contexts, depth, sampling), strict=True)):
-                guess = guess.cut(row.left)
-                self.guesses[place].append(guess)
-                proposals[place] = proposals[place].joined(guess.calibrated(row.rates[guess.source].value))
+                proposals = self._ask(draft, depth, rows, proposals, sampling)
+            elif draft.free and self.rest <= 0:
+                begin = time.perf_counter()
+                proposals = self._ask(draft, most, rows, proposals, sampling)
+                asking += time.perf_counter() - begin
+        self.draft_seconds += asking
         size = self._best(rows, proposals)[0] if self.k is None else max(MOST, 4 * self.k)
+        if size == 0 and asking:
+            self.rest = self._pause(len(rows), asking)
         return [proposal.best(size) for proposal in proposals]
+
+    def _ask(
+        self, draft: Draft, depth: int, rows: list[Row], proposals: list[Proposal], sampling: Sampling
+    ) -> list[Proposal]:
+        """The proposals and what a draft guesses beside them, as likely as its guesses came true in each row."""
+        guesses = draft.propose([row.prompt + row.new for row in rows], depth, sampling)
+        guesses = [guess.cut(row.left) for row, guess in zip(rows, guesses, strict=True)]
+        for known, guess in zip(self.guesses, guesses, strict=True):
+            known.append(guess)
+        return [
+            proposal.joined(guess.calibrated(row.rates[guess.source].value))
+            for row, proposal, guess in zip(rows, proposals, guesses, strict=True)
+        ]
+
+    def _pause(self, rows: int, asking: float) -> int:
+        """For how many passes free drafts are not asked, when asking took so long and nothing was worth verifying."""
+        if rows not in self.asking:  # the first time: ranks wait for each other to agree
+            self.asking[rows] = self.engine.agreed(asking)
+        return min(PROBE, int(self.asking[rows] / (SHARE * self.engine.seconds(1))))
 
     def observe(self, rows: list[Row], steps: Mapping[int, list[int]]) -> None:
         """What a pass brought each open row, by the row's number."""

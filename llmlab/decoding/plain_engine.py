@@ -64,6 +64,13 @@ class PlainEngine:
         """Raises InputError: only drafts ask what passes cost."""
         raise InputError(f"{self.lm.name} decodes with {self.kind}: it takes no drafts.")
 
+    def observe(self, width: int, seconds: float) -> None:
+        """Nobody asks."""
+
+    def agreed(self, seconds: float) -> float:
+        """There are no ranks."""
+        return seconds
+
     @property
     def seconds_recording(self) -> float:
         """Nothing is recorded."""

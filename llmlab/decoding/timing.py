@@ -5,7 +5,6 @@ Matrices are read once for all tokens of a pass, so rows x width decides.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -16,6 +15,8 @@ from llmlab.decoding.cache import Cache
 from llmlab.kernels.replay import RECORD
 
 Forward = Callable[[list[list[int]]], torch.Tensor]
+LEARN = 0.1  # how far a pass corrects what is known of it, and of the one before it
+ODD = 2.0  # times what is known: what takes longer was disturbed, and counts as this
 
 
 class PassTimes:
@@ -27,16 +28,38 @@ class PassTimes:
     def __init__(self, widths: Sequence[int], agree: Callable[[Sequence[float]], list[float]] = list) -> None:
         self.widths, self.agree = widths, agree
         self.measured: dict[tuple[int, int], float] = {}  # by rows and width
+        self.last: tuple[tuple[int, int], float] | None = None  # the pass before: its rows and width, its seconds
 
     def seconds(self, rows: int, width: int) -> float:
         """Seconds of a pass over `width` tokens of each row, padded as the engine does it."""
-        wanted = rows * next((w for w in self.widths if w >= width), width)
+        wanted = rows * self._padded(width)
         points = sorted((r * w, seconds) for (r, w), seconds in self.measured.items())
         below = max((point for point in points if point[0] <= wanted), default=points[0])
         above = min((point for point in points if point[0] >= wanted), default=points[-1])
         if above[0] == below[0]:
             return max(below[1], above[1])
         return below[1] + (above[1] - below[1]) * (wanted - below[0]) / (above[0] - below[0])
+
+    def _padded(self, width: int) -> int:
+        return next((w for w in self.widths if w >= width), width)
+
+    def observe(self, rows: int, width: int, seconds: float) -> None:
+        """Learn from a pass of the decoding itself: what was measured in a bad moment would mislead for good.
+
+        A machine changes its pace, that of all passes alike, so that a pass is held against the one before it where
+        that was of another size: both share what their ratio differs by. Ranks do not learn: each has a clock of its
+        own, and they must decide alike.
+        """
+        point = rows, self._padded(width)
+        if point not in self.measured or self.agree is not list:
+            return
+        before, its_seconds = self.last or (point, seconds)
+        if before != point:
+            error = (seconds / self.measured[point]) / (its_seconds / self.measured[before])
+            correction = min(ODD, max(1 / ODD, error)) ** LEARN
+            self.measured[point] *= correction
+            self.measured[before] /= correction
+        self.last = point, seconds
 
     def measure(self, forward: Forward, cache: Cache) -> dict[int, float]:
         """Seconds by width at the batch size of the cache; measures what is missing. Keeps nothing in the cache."""
@@ -61,8 +84,8 @@ class PassTimes:
                     runs[width].append(seconds)
         # A pass over more tokens is never cheaper: that would be noise.
         least = 0.0
-        medians = self.agree([statistics.median(times) for times in runs.values()])
-        for width, seconds in zip(runs, medians, strict=True):
+        shortest = self.agree([min(times) for times in runs.values()])  # what disturbs makes passes longer
+        for width, seconds in zip(runs, shortest, strict=True):
             least = max(least, seconds)
             larger = [known for (r, w), known in self.measured.items() if r * w >= rows * width]
             self.measured[rows, width] = min([least, *larger])
