@@ -16,7 +16,7 @@ import torch
 
 from llmlab.base.errors import InputError
 from llmlab.decoding.cache import NAME, Cache, PassInputs
-from llmlab.decoding.timing import PassTimes
+from llmlab.decoding.timing import PassTimes, padded
 from llmlab.decoding.visible import visible
 from llmlab.kernels.fewops import shared_copy
 from llmlab.kernels.fewrows import prepare
@@ -206,8 +206,8 @@ class Engine:
         width = max(map(len, tokens))
         past = [length + ahead for length in cache.lengths]
         if pad:
-            padded = next((w for w in WIDTHS if w >= width), width)
-            width = padded if max(past) + padded <= cache.capacity else width
+            wider = padded(width, WIDTHS)
+            width = wider if max(past) + wider <= cache.capacity else width
         seen = max(past) + width
         if seen > cache.capacity:
             raise InputError(f"{seen} tokens do not fit a cache of {cache.capacity}: start it larger.")

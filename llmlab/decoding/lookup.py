@@ -31,10 +31,12 @@ class PromptLookup(Free):
         self.read: list[int] = []  # tokens of each row that are in its index
 
     def begin(self, target: Decoder, prompts: list[list[int]], length: int) -> None:
-        """An index of n-grams for each row, empty."""
+        """An index of n-grams for each row, of its prompt."""
         del target, length
         self.places = [{} for _ in prompts]
         self.read = [0] * len(prompts)
+        for row, ids in enumerate(prompts):
+            self._index(row, ids)
 
     def propose(self, contexts: list[list[int]], k: int, sampling: Sampling) -> list[Proposal]:
         """Continuations from earlier places."""

@@ -96,7 +96,7 @@ def decode(
     while any(row.open for row in rows):
         rows = _without_ended(rows, engine, drafts)
         proposals = pace.propose(rows, settings.sampling)
-        steps = _verified(engine, rows, proposals, pace, settings.sampling)
+        steps = _verified(engine, rows, proposals, drafts, settings.sampling)
         pace.observe(rows, {number: step.tokens for number, step in steps.items()})
         _count(tally, rows, proposals, steps, pace)
         yield {row.number: _give(row, steps[row.number], settings) for row in rows if row.open}
@@ -129,7 +129,7 @@ def _without_ended(rows: list[Row], engine: Decoder, drafts: Sequence[Draft]) ->
 
 
 def _verified(
-    engine: Decoder, rows: list[Row], proposals: list[Proposal], pace: Pace, sampling: Sampling
+    engine: Decoder, rows: list[Row], proposals: list[Proposal], drafts: Sequence[Draft], sampling: Sampling
 ) -> dict[int, Step]:
     """One pass over what was drafted; what it brings each open row, by the row's number."""
     tokens = [[row.new[-1], *p.tokens] for row, p in zip(rows, proposals, strict=True)]
@@ -140,7 +140,7 @@ def _verified(
     best = _best(logits, engine)
     if engine.seconds_recording == recorded:
         engine.observe(max(map(len, tokens)), time.perf_counter() - begin)
-    for draft in pace.drafts:
+    for draft in drafts:
         draft.learn(tokens, logits)
     steps: dict[int, Step] = {}
     kept: list[list[int]] = [[] for _ in rows]
@@ -180,5 +180,4 @@ def _count(tally: Tally, rows: list[Row], verified: list[Proposal], steps: dict[
     for row, proposal in zip(rows, verified, strict=True):
         if row.open:
             tally.observe(proposal, steps[row.number].tokens)
-    if pace.drafts:
-        tally.seconds += pace.draft_seconds + pace.engine.seconds(1 + max(len(p.tokens) for p in verified))
+    tally.seconds += pace.seconds

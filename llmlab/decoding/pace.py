@@ -67,7 +67,7 @@ class Pace:
     def __init__(self, engine: Decoder, drafts: Sequence[Draft], k: int | None) -> None:
         self.engine, self.drafts, self.k = engine, sorted(drafts, key=lambda draft: not draft.free), k
         self.idle = 0  # passes since a costly draft was asked
-        self.draft_seconds = 0.0  # of the drafts of the last proposals: predicted, of free ones measured
+        self.seconds = 0.0  # predicted for the last proposals: drafts (free ones: measured) and the verifying pass
         self.rest = 0  # passes for which free drafts are not asked
         self.asking: dict[int, float] = {}  # seconds that it takes to ask them, by rows
         self.guesses: list[list[Proposal]] = []  # of each row, the last ones, as the drafts made them
@@ -76,23 +76,25 @@ class Pace:
         """What of the drafts' guesses for each row is verified."""
         most = min(MOST if self.k is None else self.k, max(row.left for row in rows))
         proposals, self.guesses = [Proposal() for _ in rows], [[] for _ in rows]
-        self.idle, self.rest, self.draft_seconds, asking = self.idle + 1, self.rest - 1, 0.0, 0.0
+        self.idle, self.rest, self.seconds, asking = self.idle + 1, self.rest - 1, 0.0, 0.0
         for draft in self.drafts if most > 0 else []:
             for row in rows:
                 row.rates.setdefault(draft.name, Rate(prior=draft.prior))
             if not draft.free and (depth := min(most, self._worth(draft, rows, proposals))):
                 self.idle = 0
-                self.draft_seconds += depth * draft.seconds()
+                self.seconds += depth * draft.seconds()
                 proposals = self._ask(draft, depth, rows, proposals, sampling)
             elif draft.free and self.rest <= 0:
                 begin = time.perf_counter()
                 proposals = self._ask(draft, most, rows, proposals, sampling)
                 asking += time.perf_counter() - begin
-        self.draft_seconds += asking
         size = self._best(rows, proposals)[0] if self.k is None else max(MOST, 4 * self.k)
         if size == 0 and asking:
             self.rest = self._pause(len(rows), asking)
-        return [proposal.best(size) for proposal in proposals]
+        verified = [proposal.best(size) for proposal in proposals]
+        if self.drafts:
+            self.seconds += asking + self.engine.seconds(1 + max(len(proposal.tokens) for proposal in verified))
+        return verified
 
     def _ask(
         self, draft: Draft, depth: int, rows: list[Row], proposals: list[Proposal], sampling: Sampling

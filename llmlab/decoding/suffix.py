@@ -105,23 +105,29 @@ class Suffix(Free):
         self.places: list[Place] = []  # of each row in the answers
 
     def begin(self, target: Decoder, prompts: list[list[int]], length: int) -> None:
-        """An index of each row, empty; what the rows before wrote is kept as answers."""
+        """An index of each row's prompt; what the rows before wrote is kept as answers."""
         del target, length
         self.select([])
         self.own, self.texts = [Automaton() for _ in prompts], [[] for _ in prompts]
         self.prompts, self.places = [len(ids) for ids in prompts], [(0, 0) for _ in prompts]
+        for row, ids in enumerate(prompts):
+            self._read(row, ids)
 
     def propose(self, contexts: list[list[int]], k: int, sampling: Sampling) -> list[Proposal]:
         """A tree behind each row's text, from where more of its end is alike."""
         del sampling
         return [self._guess(row, ids, k) for row, ids in enumerate(contexts)]
 
-    def _guess(self, row: int, ids: list[int], k: int) -> Proposal:
-        own = self.own[row]
+    def _read(self, row: int, ids: list[int]) -> None:
+        """What of a row's text is new."""
         for token in ids[len(self.texts[row]) :]:
-            own.append(token)
+            self.own[row].append(token)
             self.places[row] = self.answers.read(self.places[row], token)
         self.texts[row] = ids
+
+    def _guess(self, row: int, ids: list[int], k: int) -> Proposal:
+        self._read(row, ids)
+        own = self.own[row]
         state = own.link[own.last]  # the longest end of the text that occurs elsewhere in it
         here, elsewhere = (state, own.length[state]), self.places[row]
         index, place = (self.answers, elsewhere) if elsewhere[1] > here[1] else (own, here)

@@ -19,6 +19,11 @@ LEARN = 0.1  # how far a pass corrects what is known of it, and of the one befor
 ODD = 2.0  # times what is known: what takes longer was disturbed, and counts as this
 
 
+def padded(width: int, widths: Sequence[int]) -> int:
+    """The least of these widths, in rising order, that a pass of `width` tokens a row fits in; above them its own."""
+    return next((w for w in widths if w >= width), width)
+
+
 class PassTimes:
     """What passes of one engine take; `widths` are the numbers of tokens a row to which it pads them.
 
@@ -32,16 +37,13 @@ class PassTimes:
 
     def seconds(self, rows: int, width: int) -> float:
         """Seconds of a pass over `width` tokens of each row, padded as the engine does it."""
-        wanted = rows * self._padded(width)
+        wanted = rows * padded(width, self.widths)
         points = sorted((r * w, seconds) for (r, w), seconds in self.measured.items())
         below = max((point for point in points if point[0] <= wanted), default=points[0])
         above = min((point for point in points if point[0] >= wanted), default=points[-1])
         if above[0] == below[0]:
             return max(below[1], above[1])
         return below[1] + (above[1] - below[1]) * (wanted - below[0]) / (above[0] - below[0])
-
-    def _padded(self, width: int) -> int:
-        return next((w for w in self.widths if w >= width), width)
 
     def observe(self, rows: int, width: int, seconds: float) -> None:
         """Learn from a pass of the decoding itself: what was measured in a bad moment would mislead for good.
@@ -50,7 +52,7 @@ class PassTimes:
         that was of another size: both share what their ratio differs by. Ranks do not learn: each has a clock of its
         own, and they must decide alike.
         """
-        point = rows, self._padded(width)
+        point = rows, padded(width, self.widths)
         if point not in self.measured or self.agree is not list:
             return
         before, its_seconds = self.last or (point, seconds)
