@@ -16,7 +16,7 @@ from llmlab.bench.ablation import ablation
 from llmlab.bench.bill import bills
 from llmlab.bench.challenge import challenge, plan_here, synthetic_sequences
 from llmlab.bench.decoders import Decoder
-from llmlab.bench.decoding import CASCADE, FREE_DRAFTS, Unit, _difference, bench_decoding
+from llmlab.bench.decoding import CASCADE, FREE_DRAFTS, Unit, _difference, bench_decoding, beside_plain, compare_rows
 from llmlab.bench.quantization import BEST, bench_quantization, summary, variants
 from llmlab.bench.scoring import bench_scoring, best_batch_size, fits_memory, own_matmul_flops, own_matmuls
 from llmlab.bench.sharding import bench_sharding
@@ -341,11 +341,33 @@ def test_bench_quantization_reports_what_it_promises(tiny_folders, monkeypatch):
 def test_the_first_difference_is_found_with_its_gap(tiny_folders):
     lm = llmlab.load(str(tiny_folders["llama"]), dtype="fp32")
     right, wrong = (Decoder(engine, "", "fp32", lambda prompts: None, lm) for engine in ("right", "wrong"))
-    unit = Unit("edit", [[5, 6]], {})
+    unit = Unit("edit", [[5, 6]])
     ids = llmlab.generate(lm, ["x"], max_new_tokens=3).completions[0].ids
-    unit.runs = {right.name: [Run([ids], 2, 1.0, 1.0)], wrong.name: [Run([[ids[0], 7, 9]], 2, 1.0, 1.0)]}
+    unit.log = [(right.name, Run([ids], 2, 1.0, 1.0)), (wrong.name, Run([[ids[0], 7, 9]], 2, 1.0, 1.0))]
     found = _difference(unit, wrong.name, right)
     assert (found["position"], found["expected"], found["found"]) == (1, ids[1], 7)
     logits = lm.model(torch.tensor([[5, 6, ids[0]]])).logits[0, -1]
     assert found["logit_gap"] == pytest.approx(float(logits[ids[1]] - logits[7]), abs=1e-4)
     assert _difference(unit, right.name, right) is None
+
+
+def test_a_speedup_is_told_against_the_nearest_plain_runs():
+    """A machine that becomes three times slower halfway changes no ratio, where whole medians would say 3x or 1/3x."""
+    plain, draft = (Decoder("llmlab", name, "fp32", lambda prompts: None) for name in ("", "lookup"))
+    unit, seconds = Unit("edit", [[5]]), {plain.name: 2.0, draft.name: 1.0}
+    for pace, turn in [(1, (plain, draft))] * 3 + [(3, (draft, plain))] * 2 + [(3, (draft, draft, plain))]:
+        unit.log += [(d.name, Run([[1, 2, 3]], 2, 0.1, pace * seconds[d.name])) for d in turn]
+    (row, _) = compare_rows(draft, [unit], 1, plain, 1e9, plain)
+    assert row["speedup_vs_plain"] == row["speedup_low"] == row["speedup_high"] == 2
+    (own, _) = compare_rows(plain, [unit], 1, plain, 1e9, plain)
+    assert own["speedup_vs_plain"] == own["speedup_low"] == own["speedup_high"] == 1
+
+
+def test_plain_decoding_stands_beside_every_draft():
+    names = ["", "lookup", "suffix", "recycling", "self-4bit", "lookup, self-4bit"]
+    fp32 = [Decoder("llmlab", name, "fp32", lambda prompts: None) for name in names]
+    half = [Decoder("llmlab", name, "bf16", lambda prompts: None) for name in names[:3]]
+    other = Decoder("transformers", "lookup", "fp32", lambda prompts: None)
+    turn = beside_plain([other, *fp32, *half])
+    assert [d.draft for d in turn if d.dtype == "fp32"] == ["lookup", *names[:3], "", *names[3:5], "", *names[5:]]
+    assert turn[-3:] == half and set(turn) == {other, *fp32, *half}

@@ -18,7 +18,7 @@ from llmlab.lab import figures, leaderboard
 from llmlab.lab.redraw import trade_offs
 from llmlab.lab.sweep.grid import read_grid
 from llmlab.measure.energy import availability
-from llmlab.measure.record import Record, append
+from llmlab.measure.record import Record, append, current
 
 pytestmark = pytest.mark.slow
 
@@ -89,6 +89,7 @@ def test_nothing_measured_is_calibrated_on():
         Combination("4 bits", "rtn", draft="lookup"),
         Combination("4 bits", "nf4"),
         Combination("3 bits", "rotated gptq"),
+        Combination("3 bits", "rotated qronos", draft="suffix, recycling"),
         Combination("4 bits", "rtn", "pipeline 2"),
     ],
     ids=lambda combination: combination.name,
@@ -145,6 +146,7 @@ def test_the_ratio_of_perplexities_is_paired(smollm2):
 
 def table(rows, **common):
     about = {"task": "trade-off", "model": "m", "data": "d", "n": 100, "device": "cpu", "cpu": "c", "threads": 2}
+    about |= {"cpu_capability": "AVX2"}
     frame = pd.DataFrame(
         about | common | asdict(combination) | {"protocol": "p", "time": pd.Timestamp(2026, 1, day + 1)} | values
         for day, (combination, values) in enumerate(rows)
@@ -181,8 +183,9 @@ def test_what_to_use_follows_the_allowed_loss():
 
 def test_speeds_are_compared_on_one_machine_and_the_newest_record_stands(tmp_path):
     here, there = table([*ROWS, (BASELINE, point(5.0, 25.0, 1.0, 1.0))]), table(ROWS[1:2], cpu="another")
-    found = comparable(combinations(pd.concat([there, here], ignore_index=True)))
-    assert set(found["cpu"]) == {"c"}
+    limited = table(ROWS[:3], cpu_capability="DEFAULT")  # the same processor, but not its instructions
+    found = comparable(combinations(pd.concat([there, limited, here], ignore_index=True)))
+    assert (set(found["cpu"]), set(found["cpu_capability"])) == ({"c"}, {"AVX2"})
     assert len(found) == len(ROWS)
     assert found.set_index("name")["questions_per_second"]["fp32"] == 5
     with pytest.raises(InputError, match="plain fp32"):
@@ -191,11 +194,16 @@ def test_speeds_are_compared_on_one_machine_and_the_newest_record_stands(tmp_pat
         comparable(combinations(llmlab.records(tmp_path / "none.jsonl")))
 
 
-def test_the_front_is_drawn_with_the_names():
-    figure = figures.tradeoffs.pareto_front(combinations(table(ROWS)), "decode_tokens_per_second", "answers_kept", "t")
-    drawn = " ".join(text.get_text() for text in figure.axes[0].texts)
-    assert "4 bits gptq" in drawn
-    assert "fp32, draft lookup" in drawn
+def test_every_point_is_named_the_front_first():
+    worse = (Combination("4 bits", "nf4"), point(5.0, 70.0, 0.8, 1.2))
+    points = combinations(table([*ROWS, worse]))
+    figure = figures.tradeoffs.pareto_front(points, "decode_tokens_per_second", "answers_kept", "t")
+    drawn = [text.get_text() for text in figure.axes[0].texts]
+    names = ["fp32, draft lookup", "bf16", "4 bits gptq", "fp32", "4 bits nf4"]
+    assert [text for text in drawn if ":" in text] == [f"{k}: {name}" for k, name in enumerate(names, start=1)]
+    many = pd.concat([points, *[points[points["name"] == "4 bits nf4"]] * 30], ignore_index=True)
+    figure = figures.tradeoffs.pareto_front(many, "decode_tokens_per_second", "answers_kept", "t")
+    assert len([text for text in figure.axes[0].texts if ":" in text.get_text()]) == 3  # the front alone
 
 
 def test_the_readmes_front_is_drawn_from_records(tmp_path):
@@ -211,14 +219,22 @@ def test_the_readmes_front_is_drawn_from_records(tmp_path):
         trade_offs(llmlab.records(tmp_path / "none.jsonl"))
 
 
-def test_the_recorded_grid_of_the_first_schema_is_read_with_its_combinations():
-    frame = combinations(llmlab.records(CHECKOUT / "data/reference/trade-offs-cpu-2-cores.jsonl"))
+@pytest.mark.parametrize("name", ["amx", "avx2"])
+def test_the_recorded_grids_hold_every_point_of_one_machine(name):
+    frame = combinations(llmlab.records(CHECKOUT / f"data/reference/trade-offs-{name}-2-cores.jsonl"))
     recorded = {
         Combination(*row) for row in frame[["precision", "method", "sharding", "draft"]].itertuples(index=False)
     }
     assert recorded == {Combination(**point) for point in read_grid(GRID).combinations}
     assert frame.attrs["units"]["bytes"] == "B"
     assert len(speedups(comparable(frame))) == len(recorded)
+    assert set(frame["cpu_capability"]) == {"AVX2" if name == "avx2" else "AVX512"}
+
+
+def test_a_point_of_the_first_schema_is_read_with_its_combination():
+    told = "precision 4 bits; method rotated gptq; sharding 1; draft none; log p(ending | context)"
+    row = current({"schema": 1, "task": "trade-off", "protocol": told})
+    assert Combination(**row["settings"]) == Combination("4 bits", "rotated gptq")
 
 
 def test_the_leaderboard_names_its_baseline_and_marks_projections():

@@ -13,10 +13,10 @@ METHODS = {
     "bf16": ("none",),
     "fp16": ("none",),
     "8 bits": ("rtn", "gptq", "rotated gptq", "int8"),
-    "4 bits": ("rtn", "gptq", "rotated gptq", "nf4"),
-    "3 bits": ("rtn", "gptq", "rotated gptq"),
+    "4 bits": ("rtn", "gptq", "rotated gptq", "rotated qronos", "nf4"),
+    "3 bits": ("rtn", "gptq", "rotated gptq", "rotated qronos"),
 }
-DRAFTS = ("", "lookup", "self-4bit", "lookup, self-4bit")
+DRAFTS = ("", "lookup", "suffix, recycling", "self-4bit", "lookup, self-4bit", "suffix, recycling, self-4bit")
 SHARDING = re.compile(r"(data|tensor|pipeline) (\d+)")
 SPEED, DECODE, KEPT, RATIO = "questions_per_second", "decode_tokens_per_second", "answers_kept", "perplexity_ratio"
 
@@ -26,7 +26,7 @@ class Combination:
     """One point of the grid; activations below fp32 are what is fast on the machine (its record says in `dtype`)."""
 
     precision: str = "fp32"  # of the weights, see METHODS
-    method: str = "none"  # how they came to it; "int8" and "nf4" are bitsandbytes'
+    method: str = "none"  # how they came to it; "int8" and "nf4" are bitsandbytes', "rotated qronos" the best grid, too
     sharding: str = "1"  # or a layout such as "data 2", "pipeline 2", "tensor 2", "data 2 x pipeline 2"
     draft: str = ""  # what speculates, see DRAFTS; "self-4bit" is the model's own 4-bit copy
 
@@ -64,7 +64,8 @@ class Combination:
 
 
 BASELINE = Combination()
-MACHINE = ["model", "data", "n", "device", "cpu", "threads"]  # what must be equal for two speeds to be comparable
+# What must be equal for two speeds to be comparable.
+MACHINE = ["model", "data", "n", "device", "cpu", "cpu_capability", "threads"]
 
 
 def combinations(frame: pd.DataFrame) -> pd.DataFrame:

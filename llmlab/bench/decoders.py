@@ -42,6 +42,11 @@ class Decoder:
         """Whether it is our engine without a draft: the baseline of speculation."""
         return self.engine == "llmlab" and not self.draft
 
+    @property
+    def speculates(self) -> bool:
+        """Whether it is our engine with a draft."""
+        return self.engine == "llmlab" and bool(self.draft)
+
 
 def own(engine: Engine, new_tokens: int, draft: str = "", packed: LM | None = None, *, name: str = "") -> Decoder:
     """Our engine, plain or with drafts by name, separated by commas: those of `FREE`, and "self-4bit" (`packed`).

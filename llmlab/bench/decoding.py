@@ -2,7 +2,8 @@
 
 Every engine decodes greedily from the same token ids. A unit is a group of prompts of one kind; all engines run it in
 turn, in an order that turns with the unit and the repeat. Speed counts the tokens after the first one, from ids, over
-the time after the first one; the time to first token stands beside it.
+the time after the first one; the time to first token stands beside it. A machine's pace changes within seconds, so that
+a speed-up over plain decoding is told in pairs: each run against the plain one nearest to it, and of these the median.
 """
 
 import statistics
@@ -33,11 +34,21 @@ FREE_DRAFTS = ("lookup", "suffix", "recycling", CASCADE)
 
 @dataclass
 class Unit:
-    """Prompts of one kind that are decoded together, and what every engine made of them, run by run."""
+    """Prompts of one kind that are decoded together, and what every engine made of them, in the order of the runs."""
 
     kind: str
     prompts: list[list[int]]
-    runs: dict[str, list[Run]] = field(default_factory=dict)
+    log: list[tuple[str, Run]] = field(default_factory=list)
+
+    def runs(self, name: str) -> list[Run]:
+        """Those of one decoder."""
+        return [run for of, run in self.log if of == name]
+
+    def pairs(self, name: str, plain: str) -> list[tuple[Run, Run]]:
+        """Each run of a decoder with the nearest one of another."""
+        places = [i for i, (of, _) in enumerate(self.log) if of == plain]
+        near = ((run, min(places, key=lambda j, i=i: abs(j - i))) for i, (of, run) in enumerate(self.log) if of == name)
+        return [(run, self.log[place][1]) for run, place in near]
 
 
 def units(lm: LM, prompts: Sequence[Prompt], batch: int, most: int, new_tokens: int) -> list[Unit]:
@@ -54,11 +65,27 @@ def run_all(decoders: Sequence[Decoder], work: Sequence[Unit], repeats: int) -> 
     """Every decoder on every unit, `repeats` times, after each decoder has run the first unit once uncounted."""
     for decoder in decoders:
         decoder.run(work[0].prompts)
+    turn = beside_plain(decoders)
     for repeat in range(repeats):
         for number, unit in enumerate(work):
-            shift = (repeat + number) % len(decoders)
-            for decoder in [*decoders[shift:], *decoders[:shift]]:
-                unit.runs.setdefault(decoder.name, []).append(decoder.run(unit.prompts))
+            shift = (repeat + number) % len(turn)
+            for decoder in [*turn[shift:], *turn[:shift]]:
+                unit.log.append((decoder.name, decoder.run(unit.prompts)))
+
+
+def beside_plain(decoders: Sequence[Decoder]) -> list[Decoder]:
+    """The decoders with the plain one again behind every second that drafts: plain, draft, draft, plain, draft, ..."""
+    turn, plain, drafts = list[Decoder](), dict[str, Decoder](), 0
+    for decoder in decoders:
+        if decoder.plain:
+            plain[decoder.dtype], drafts = decoder, 0
+        elif decoder.speculates:
+            if drafts == 2:
+                turn.append(plain[decoder.dtype])
+                drafts = 0
+            drafts += 1
+        turn.append(decoder)
+    return turn
 
 
 def bench_decoding(
@@ -150,21 +177,20 @@ def compare_rows(
 def _speeds(work: Sequence[Unit], decoder: Decoder, plain: Decoder) -> Row:
     """Tokens a second behind the first pass: by the median run of each unit, and by its first, second, ... run."""
 
-    def speeds(of: Decoder) -> tuple[float, list[float]]:
-        seconds = np.array([[run.seconds_decode for run in unit.runs[of.name]] for unit in work])  # [units, runs]
-        tokens = sum(unit.runs[of.name][0].decoded for unit in work)
-        return tokens / float(np.median(seconds, axis=1).sum()), (tokens / seconds.sum(axis=0)).tolist()
-
-    (speed, every), (base, _) = speeds(decoder), speeds(plain)
-    first = statistics.median(run.seconds_first for unit in work for run in unit.runs[decoder.name])
-    row = {"tokens_per_s": speed, "tokens_per_s_low": min(every), "tokens_per_s_high": max(every)}
-    row |= {"seconds_first_token": first, "speedup_vs_plain": speed / base}
-    return row | {"speedup_low": min(every) / base, "speedup_high": max(every) / base}
+    pairs = [unit.pairs(decoder.name, plain.name) for unit in work]  # [units, runs]
+    seconds, base = (np.array([[pair[k].seconds_decode for pair in row] for row in pairs]) for k in (0, 1))
+    tokens, its = (sum(row[0][k].decoded for row in pairs) for k in (0, 1))
+    every, ratios = tokens / seconds.sum(axis=0), tokens / its * base.sum(axis=0) / seconds.sum(axis=0)
+    first = statistics.median(run.seconds_first for row in pairs for run, _ in row)
+    row: Row = {"tokens_per_s": tokens / float(np.median(seconds, axis=1).sum())}
+    row |= {"tokens_per_s_low": float(every.min()), "tokens_per_s_high": float(every.max())}
+    row |= {"seconds_first_token": first, "speedup_vs_plain": float(np.median(ratios))}
+    return row | {"speedup_low": float(ratios.min()), "speedup_high": float(ratios.max())}
 
 
 def _speculation(work: Sequence[Unit], decoder: Decoder, speedup: float) -> Row:
     """What drafts did, and how far the cost model is from the measured speed-up; nothing without drafts."""
-    tallies = [run.speculation for unit in work for run in unit.runs[decoder.name] if run.speculation]
+    tallies = [run.speculation for unit in work for run in unit.runs(decoder.name) if run.speculation]
     if not tallies:
         return {}
     accepted = sum(t.accepted for t in tallies)
@@ -177,7 +203,7 @@ def _speculation(work: Sequence[Unit], decoder: Decoder, speedup: float) -> Row:
 
 def _difference(unit: Unit, name: str, reference: Decoder) -> Row | None:
     """The first place where the ids of two engines part, with the gap between the two logits there (in nats)."""
-    pairs = zip(unit.prompts, unit.runs[reference.name][0].ids, unit.runs[name][0].ids, strict=True)
+    pairs = zip(unit.prompts, unit.runs(reference.name)[0].ids, unit.runs(name)[0].ids, strict=True)
     parted = [(prompt, right, ids) for prompt, right, ids in pairs if right != ids]
     if not parted:
         return None
@@ -203,10 +229,11 @@ def summary(rows: Sequence[Row], exact: str, half: str | None) -> dict[str, floa
     def ratio(
         draft: str, dtype: str | None, over: str, its: str = "", kinds: tuple[str, ...] = ("all",)
     ) -> float | None:
-        speeds = []
+        speeds = []  # each the seconds of plain decoding over its own
         for who in (("llmlab", draft, dtype, 1), (over, its, dtype, 1)):
             alike = [r for r in rows if (r["engine"], r["draft"], r["dtype"], r["batch"]) == who and r["kind"] in kinds]
-            speeds += [statistics.harmonic_mean(r["tokens_per_s"] for r in alike)] if alike else []
+            plain, own = (sum(r[over] / r["tokens_per_s"] for r in alike) for over in ("speedup_vs_plain", "batch"))
+            speeds += [plain / own] if alike else []
         return speeds[0] / speeds[1] if len(speeds) == 2 else None
 
     largest = max((r["batch"] for r in rows if r["batch"] in BATCHES), default=None)

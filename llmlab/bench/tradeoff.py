@@ -8,7 +8,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ import torch
 from llmlab.base.errors import InputError
 from llmlab.base.stats import Z95, Metric, median_interval, proportion
 from llmlab.bench.combination import Combination
+from llmlab.bench.quantization import BEST
 from llmlab.data import Question, everyday, prompts
 from llmlab.decoding.draft import Draft
 from llmlab.decoding.engine import Engine
@@ -157,9 +158,10 @@ def transformed(exact: LM, combination: Combination, calibration: str, rows: int
     bits = int(combination.precision.split()[0])
     # As notebook 03 and the benchmark do it: whole rows are fine enough for 8 bits, and plain rounding means no search.
     scheme = Scheme(8, -1, symmetric=True) if bits == 8 else Scheme(bits, 64, search=method != "rtn")
+    scheme = replace(BEST, bits=bits) if method == "rotated qronos" else scheme
     text = None if method == "rtn" else calibration_rows(exact, calibration, rows=rows, context=CONTEXT)
-    base = rotated(exact) if method == "rotated gptq" else exact
-    return with_dtype(quantize(base, method=method.split()[-1], scheme=scheme, calibration=text))
+    base = rotated(exact) if method.startswith("rotated") else exact
+    return with_dtype(quantize(base, method="rtn" if method == "rtn" else "gptq", scheme=scheme, calibration=text))
 
 
 def _quality(

@@ -127,15 +127,7 @@ def _libraries() -> list[str]:
 def _key(command: list[str], at: str) -> str:
     """Of everything that a library depends on."""
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=SECONDS, check=False)
-    parts = (
-        SOURCE.read_text(),
-        *(header.read_text() for header in HEADERS),
-        *command,
-        version.stdout,
-        *_flags(at),
-        *_libraries(),
-        torch.__version__,
-    )
+    parts = (edition(), *command, version.stdout, *_flags(at), *_libraries(), torch.__version__)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

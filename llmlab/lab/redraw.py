@@ -66,9 +66,9 @@ FIGURES: list[tuple[str, str, Callable[[pd.DataFrame], Figure], str]] = [
     ("roofline", "cpu-2-cores.jsonl", roofline,
      "Roofline of a 2-core machine: attainable GFLOP/s over arithmetic intensity for each dtype; prefill and decode "
      "step are points with the share of the limit that they reach."),
-    ("trade_offs", "trade-offs-cpu-2-cores.jsonl", trade_offs,
+    ("trade_offs", "trade-offs-amx-2-cores.jsonl", trade_offs,
      "Perplexity over fp32 against decode tokens per second for every combination of precision, method, sharding "
-     "and draft; the Pareto front is numbered and named, dominated combinations are grey."),
+     "and draft; all are numbered and named, the Pareto front blue."),
 ]  # fmt: skip
 
 

@@ -194,13 +194,13 @@ def as_frame(rows: Sequence[Row]) -> pd.DataFrame:
     for record in rows:
         gpus = ", ".join(gpu["name"] for gpu in record["hardware"]["gpus"]) or None
         row = record["settings"] | {name: record.get(name) for name in columns}
-        row |= {"gpu": gpus, "cpu": record["hardware"]["cpu"]}
+        row |= {"gpu": gpus} | {name: record["hardware"].get(name) for name in ("cpu", "cpu_capability")}
         for name, metric in record["metrics"].items():
             row[name], units[name] = metric["value"], metric["unit"]
             if metric["low"] is not None:
                 row |= {f"{name}_low": metric["low"], f"{name}_high": metric["high"]}
         flat.append(row)
-    frame = pd.DataFrame(flat, columns=None if flat else [*columns, "gpu", "cpu"])
+    frame = pd.DataFrame(flat, columns=None if flat else [*columns, "gpu", "cpu", "cpu_capability"])
     frame["time"] = pd.to_datetime(frame["time"], utc=True)
     frame.attrs["units"] = units
     return frame

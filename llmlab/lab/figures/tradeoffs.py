@@ -17,6 +17,8 @@ from llmlab.measure.record import Record
 LIGHT = "#B8B8B8"
 RECORD = {f.name for f in fields(Record)}
 SAME = {"id", "time", "commit", "protocol", "data", "revision", "seed", "n", "repeats", "warmup", "cpu"}
+SAME |= {"cpu_capability"}
+MOST_NAMED = 30  # records; of more, only those of the front are named
 
 
 def metrics(frame: pd.DataFrame) -> list[str]:
@@ -61,32 +63,35 @@ def names(frame: pd.DataFrame) -> list[str]:
 def pareto_front(
     frame: pd.DataFrame, x: str, y: str, title: str, budgets: Mapping[str, float] | None = None
 ) -> Figure:  # fmt: skip
-    """Records over two metrics: the Pareto front numbered and named, dominated ones grey, intervals on both axes.
+    """Records over two metrics, numbered and named: the Pareto front blue, dominated ones grey; intervals on both axes.
 
     Records with both metrics are drawn, their intervals from the columns METRIC_low and METRIC_high. `budgets`: metric
     -> the worst value still allowed; records beyond it fade. Raises InputError if no record has both metrics.
     """
     records, budgets = with_both(frame, x, y), budgets or {}
     inside, labels = within(records, budgets), [draw.drawable(name) for name in names(records)]
-    front = records[pareto(records, x, y)].sort_values(x)
-    figure, axes = draw.canvas(title, 8.6, max(4.2, 1.4 + 0.27 * len(front)))
+    best = pareto(records, x, y)
+    front, named = (records[part].sort_values(x) for part in (best, best | (len(records) <= MOST_NAMED)))
+    order = [*front.index, *named.index.difference(front.index, sort=False)]
+    figure, axes = draw.canvas(title, 8.6, max(4.2, 1.4 + 0.22 * len(order)))
     corner = "steps-pre" if _sign(records, x) > 0 else "steps-post"
     axes.plot(front[x], front[y], drawstyle=corner, color=draw.SKY, linewidth=2.5, alpha=0.6, zorder=2)
     bounds = [f"{metric}_{end}" for metric in (x, y) for end in ("low", "high")]
     ends = records.reindex(columns=[x, y, *bounds]).to_numpy(dtype=float)
     for place, (at_x, at_y, x_low, x_high, y_low, y_high) in enumerate(ends):
-        size, colour, order = (13, draw.BLUE, 4) if place in front.index else (8, LIGHT, 3)
+        size, colour, above = (13, draw.BLUE, 4) if place in front.index else (11, draw.GREY, 3)
         axes.errorbar(
             at_x, at_y, draw.spread([at_y], [y_low], [y_high]), draw.spread([at_x], [x_low], [x_high]), fmt="o",
             color=colour, markersize=size, markeredgecolor="white", elinewidth=1, capsize=2,
-            alpha=1.0 if inside[place] else 0.25, zorder=order, gid=f"record-{place}",
+            alpha=1.0 if inside[place] else 0.25, zorder=above, gid=f"record-{place}",
         )  # fmt: skip
-    line_height = 0.25 / (figure.get_figheight() * 0.75)
-    for number, place in enumerate(front.index.tolist(), start=1):
+    line_height = 0.2 / (figure.get_figheight() * 0.75)
+    for number, place in enumerate(order, start=1):
         white = {"ha": "center", "size": 7.5, "color": "white", "weight": "bold", "zorder": 5}
         draw.note(axes, str(number), tuple(ends[place, :2]), (0, 0), gid=f"record-{place}", **white)
         name = labels[place] if len(labels[place]) <= 44 else labels[place][:43] + "…"
-        at, colour = (1.03, 1 - line_height * (number - 0.5)), draw.BLUE if inside[place] else LIGHT
+        at, colour = (1.03, 1 - line_height * (number - 0.5)), draw.BLUE if place in front.index else draw.GREY
+        colour = colour if inside[place] else LIGHT
         draw.note(axes, f"{number}: {name}", at, (0, 0), xycoords="axes fraction", color=colour)
     for axis, metric in ((axes.xaxis, x), (axes.yaxis, y)):
         better = "more" if _sign(records, metric) > 0 else "less"
