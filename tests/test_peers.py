@@ -1,9 +1,12 @@
 """The peers of `make peers`: refused with what to run when missing, and equal outputs both ways when they are here."""
 
+import hashlib
+import importlib.util
 import json
 
 import pytest
 import torch
+from conftest import CHECKOUT
 from safetensors.torch import load_file
 
 import llmlab
@@ -28,6 +31,25 @@ def test_a_missing_peer_says_what_to_run(tmp_path, monkeypatch):
     (tmp_path / "peers" / "gptqmodel_worker.py").touch()
     with pytest.raises(InputError, match="gptqmodel is not here: run make peers"):
         call("gptqmodel", {})
+
+
+def test_a_pair_of_models_is_joined_from_parts_and_known_by_its_hash(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("pair", CHECKOUT / "peers" / "pair.py")
+    pair = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pair)
+    monkeypatch.setattr(pair, "FOLDER", tmp_path)
+    monkeypatch.setattr(pair, "FILES", {"1B": ("model_part", 2, hashlib.sha256(b"first second").hexdigest())})
+    for number, part in ((1, b"first "), (2, b"second")):
+        with pytest.raises(InputError, match=f"part0{number}.bin is missing: run make pair"):
+            pair.joined("1B")
+        data = tmp_path / f"model_part{number}" / "data"
+        data.mkdir(parents=True)
+        (data / f"part0{number}.bin").write_bytes(part)
+    assert pair.joined("1B").read_bytes() == b"first second"
+    assert [p.name for p in tmp_path.glob("*.gguf*")] == ["qwen2.5-coder-1B.gguf"]
+    pair.joined("1B").write_bytes(b"another")
+    with pytest.raises(InputError, match="has the hash"):
+        pair.joined("1B")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Who decodes in `llmlab bench decoding`: our engine, transformers and llama.cpp behind one call each."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,6 @@ from llmlab.decoding.draft import Draft
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import decode_settings
 from llmlab.decoding.generation_config import end_tokens
-from llmlab.decoding.self_draft import SelfDraft
 from llmlab.decoding.writer import Run, Writer
 from llmlab.jobs.own_draft import FREE
 from llmlab.model.lm import LM
@@ -48,13 +47,16 @@ class Decoder:
         return self.engine == "llmlab" and bool(self.draft)
 
 
-def own(engine: Engine, new_tokens: int, draft: str = "", packed: LM | None = None, *, name: str = "") -> Decoder:
-    """Our engine, plain or with drafts by name, separated by commas: those of `FREE`, and "self-4bit" (`packed`).
+def own(
+    engine: Engine, new_tokens: int, draft: str = "", models: Mapping[str, Callable[[], Draft]] | None = None, *,
+    name: str = "",
+) -> Decoder:  # fmt: skip
+    """Our engine, plain or with drafts by name, separated by commas: those of `FREE`, and `models` that draft.
 
     Free drafts learn from prompt to prompt. When prompts come again they begin anew, or they would know the answers.
     """
     lm, names = engine.lm, [part for part in draft.split(", ") if part]
-    costly: list[Draft] = [SelfDraft(packed)] if "self-4bit" in names and packed is not None else []
+    costly = [make() for part, make in (models or {}).items() if part in names]
     free: list[Draft] = []
     done: list[list[list[int]]] = []
 

@@ -46,8 +46,8 @@ class Hessian:
 
         Raises NumericalError for NaN or infinity.
         """
-        x = finite(inputs.reshape(-1, inputs.shape[-1]).float(), "activations")
-        self.total.addmm_(x.T, x)
+        x = inputs.reshape(-1, inputs.shape[-1]).float()
+        finite(self.total.addmm_(x.T, x).diagonal(), "activations")  # sums of squares: what is not finite stays so
         self.tokens += len(x)
         products = [part.reshape(len(x), -1).float().T @ x for part in off]
         self.off = [a + b for a, b in zip(self.off, products, strict=True)] if self.off else products
