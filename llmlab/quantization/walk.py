@@ -137,10 +137,8 @@ class Walk:
         ends = list(accumulate(sum(p.numel() for p in layer.parameters()) for layer in layers))  # in weights
         with progress(ends[-1], f"{self.method} {self.scheme.bits} bits", "weight") as self.bar:
             # What is left is told by the mean speed so far: matrices of a layer differ in theirs.
-            self.bar.bar_format, self.bar.smoothing = (
-                "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-                0,
-            )
+            self.bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+            self.bar.smoothing = 0
             for index in range(len(layers)):
                 layer = self.read_layer(index) if self.read_layer else copy.deepcopy(layers[index])
                 split_experts(layer, names)

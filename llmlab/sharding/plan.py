@@ -248,14 +248,7 @@ def parse_bytes(text: str | int) -> int:
 def _layout(card: ModelCard, cuts: Cuts, memory: int, bits: int, tokens: int, nodes: Nodes) -> Layout:
     """What the fullest device holds, and whether it has the memory for it."""
     weights, kv_cache, activations = fullest(card, cuts, bits, tokens)
-    layout = Layout(
-        cuts.data,
-        cuts.tensor,
-        cuts.pipeline,
-        weights=weights,
-        kv_cache=kv_cache,
-        activations=activations,
-    )
+    layout = Layout(cuts.data, cuts.tensor, cuts.pipeline, weights=weights, kv_cache=kv_cache, activations=activations)
     problem = cuts.misfit(card.layers, card.kv_heads) or nodes.misfit(cuts)
     if cuts.tensor > 1 and not plan_of(card.model_type):
         problem = f"cuts layers, for which transformers has no plan in {card.model_type}"

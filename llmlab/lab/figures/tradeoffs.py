@@ -91,8 +91,9 @@ def pareto_front(
         draw.note(axes, str(number), tuple(ends[place, :2]), (0, 0), gid=f"record-{place}", **white)
         name = labels[place] if len(labels[place]) <= 44 else labels[place][:43] + "…"
         at, colour = (1.03, 1 - line_height * (number - 0.5)), draw.BLUE if place in front.index else draw.GREY
-        colour = colour if inside[place] else LIGHT
-        draw.note(axes, f"{number}: {name}", at, (0, 0), xycoords="axes fraction", color=colour)
+        draw.note(
+            axes, f"{number}: {name}", at, (0, 0), xycoords="axes fraction", color=colour if inside[place] else LIGHT
+        )
     for axis, metric in ((axes.xaxis, x), (axes.yaxis, y)):
         better = "more" if _sign(records, metric) > 0 else "less"
         axis.set_label_text(f"{draw.drawable(label(records, metric))}, {better} is better")
