@@ -65,23 +65,25 @@ def _best(grids: Iterator[tuple[Grid, torch.Tensor]]) -> tuple[Grid, torch.Tenso
 def candidates(weight: torch.Tensor, levels: int, importance: torch.Tensor) -> Iterator[tuple[Grid, torch.Tensor]]:
     """For each scale the grid with its best zero point, and what it loses."""
     low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
+    root = importance.sqrt()
+    weighted = weight * root
     for step in range(SCALES):
         share = 1 - step * (1 - SMALLEST) / SCALES
         scales = ((high - low) * share / levels).clamp(TINY, HUGE).half().float()
-        rounded = torch.round(weight / scales[..., None])
+        rounded, steps = torch.round(weight / scales[..., None]), scales[..., None] * root
         # The window that starts at the least weight, and those further up; checkpoints store z - 1.
         first = (-rounded.amin(-1)).clamp(1, levels)
         windows = [(first - k).clamp(min=1) for k in range(min(levels, 2 + int(levels / share - levels)))]
-        losses = [_loss(weight, rounded, (scales, zeros), levels, importance) for zeros in windows]
+        losses = [_loss(weighted, rounded, steps, zeros, levels) for zeros in windows]
         yield _best(((scales, zeros), loss) for zeros, loss in zip(windows, losses, strict=True))
 
 
 def _loss(
-    weight: torch.Tensor, rounded: torch.Tensor, grid: Grid, levels: int, importance: torch.Tensor
+    weighted: torch.Tensor, rounded: torch.Tensor, steps: torch.Tensor, zeros: torch.Tensor, levels: int
 ) -> torch.Tensor:
-    scales, zeros = (part[..., None] for part in grid)
-    levels_of = torch.minimum(torch.maximum(rounded, -zeros), levels - zeros)
-    return ((levels_of * scales - weight).square() * importance).sum(-1)
+    """Of one window, from sqrt(h) w and sqrt(h) s: three passes over the weights."""
+    inside = torch.clamp(rounded, -zeros[..., None], (levels - zeros)[..., None])
+    return torch.addcmul(weighted, inside, steps, value=-1).square_().sum(-1)
 
 
 def gptq_loss(weight: torch.Tensor, grid: Grid, levels: int, upper: torch.Tensor) -> torch.Tensor:
