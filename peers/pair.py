@@ -12,7 +12,6 @@ import hashlib
 import json
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 
 import llmlab
@@ -21,8 +20,6 @@ from llmlab.base.paths import atomic
 from llmlab.bench.decoders import own
 from llmlab.bench.decoding import CASCADE, FREE_DRAFTS, compare_rows, run_all, units
 from llmlab.decoding.engine import Engine
-from llmlab.decoding.model_draft import as_draft
-from llmlab.decoding.self_draft import SelfDraft
 from llmlab.jobs.own_draft import self_4bit
 from llmlab.measure.roofline import measure_bandwidth
 
@@ -70,13 +67,9 @@ def main() -> None:
     asked = parser.parse_args()
     large, small = (llmlab.load(str(joined(size)), dtype=asked.dtype) for size in FILES)
     engine, new = Engine(large), asked.max_new_tokens
-    models = {
-        "0.5B": partial(as_draft, large, small),
-        "0.5B at 4 bits": partial(as_draft, large, self_4bit(small)),
-        "self-4bit": partial(SelfDraft, self_4bit(large)),
-    }
-    names = ("", *FREE_DRAFTS, *models, f"{CASCADE}, 0.5B at 4 bits", f"{CASCADE}, self-4bit")
-    decoders = [own(engine, new, name, models) for name in names]
+    models, packed = {"0.5B": small, "0.5B at 4 bits": self_4bit(small)}, self_4bit(large)
+    names = ("", *FREE_DRAFTS, *models, "self-4bit", f"{CASCADE}, 0.5B at 4 bits", f"{CASCADE}, self-4bit")
+    decoders = [own(engine, new, name, packed, models=models) for name in names]
     work = units(large, problems(asked.problems), 1, asked.problems, new)
     run_all(decoders, work, asked.repeats)
     bandwidth, plain = measure_bandwidth(large.device).value, decoders[0]

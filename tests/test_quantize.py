@@ -81,6 +81,15 @@ def test_the_original_is_left_alone_and_only_layers_change(tiny, calibration):
     assert 0 < q.weight_bytes < tiny.weight_bytes
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_the_codes_of_a_packed_model_count_as_its_weights(tiny, bits):
+    """Also where a kernel holds them in a form of its own, and the checkpoint's is given up."""
+    q = with_dtype(quantize(tiny, bits, 32, method="rtn"), "fp32")
+    dense = sum(parameter.nbytes for parameter in q.model.parameters())
+    codes = sum(linear.in_features * linear.out_features for linear in quant_linears(q.model)) * bits / 8
+    assert dense + codes <= q.weight_bytes <= dense + 4 * codes  # with grids, and twice where torch's kernel serves
+
+
 def test_a_weight_takes_its_bits_and_its_share_of_the_grid(tiny):
     q = quantize(tiny, 4, 32, method="rtn")
     assert any(m.fast for m in q.model.modules() if isinstance(m, QuantLinear))  # whose own copy is not saved

@@ -11,6 +11,7 @@ from conftest import CHECKOUT
 import llmlab
 from llmlab.base.errors import InputError
 from llmlab.base.stats import Metric
+from llmlab.bench import tradeoff
 from llmlab.bench.combination import BASELINE, Combination, combinations, comparable, recommended, speedups
 from llmlab.bench.tradeoff import Effort, Material, check_precision, material, measure_point, perplexity_ratio
 from llmlab.data import fingerprint
@@ -129,6 +130,24 @@ def test_two_replicas_hold_two_models_and_a_draft_adds_to_the_bytes(tiny_folders
     plain = held(Combination())
     assert held(Combination(sharding="data 2")) == 2 * plain
     assert plain < held(Combination(draft="self-4bit")) < 2 * plain
+
+
+def test_free_drafts_begin_anew_with_each_run(tiny_folders, monkeypatch):
+    """Or they would draft what they have seen written in the run before, and the speed would be a wonder."""
+    seen = []
+
+    def generating(lm, prompts, *, draft, **options):
+        seen.append(draft)
+        return llmlab.generate(lm, prompts, draft=draft, **options)
+
+    monkeypatch.setattr(tradeoff, "generate", generating)
+    given = Material(llmlab.data.everyday(1), PROMPTS, "word " * 600)
+    effort = Effort(rows=1, new_tokens=4, timed=1, repeats=2)
+    combination = Combination(draft="suffix, recycling, self-4bit")
+    measure_point(str(tiny_folders["llama"]), combination, given, effort, device="cpu")
+    suffixes, recyclings, copies = ([id(drafts[k]) for drafts in seen] for k in range(3))
+    assert len(seen) >= 3  # the warm-up, too
+    assert len(set(suffixes)) == len(set(recyclings)) == len(seen) and len(set(copies)) == 1
 
 
 def test_prompts_that_do_not_fit_are_refused_before_weights_are_read(tiny_folders):

@@ -13,6 +13,8 @@ from llmlab.decoding.draft import Draft
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import decode_settings
 from llmlab.decoding.generation_config import end_tokens
+from llmlab.decoding.model_draft import as_draft
+from llmlab.decoding.self_draft import SelfDraft
 from llmlab.decoding.writer import Run, Writer
 from llmlab.jobs.own_draft import FREE
 from llmlab.model.lm import LM
@@ -48,15 +50,16 @@ class Decoder:
 
 
 def own(
-    engine: Engine, new_tokens: int, draft: str = "", models: Mapping[str, Callable[[], Draft]] | None = None, *,
-    name: str = "",
+    engine: Engine, new_tokens: int, draft: str = "", packed: LM | None = None, *,
+    models: Mapping[str, LM] | None = None, name: str = "",
 ) -> Decoder:  # fmt: skip
-    """Our engine, plain or with drafts by name, separated by commas: those of `FREE`, and `models` that draft.
+    """Our engine, plain or with drafts by name, separated by commas: of `FREE`, "self-4bit" (`packed`), of `models`.
 
     Free drafts learn from prompt to prompt. When prompts come again they begin anew, or they would know the answers.
     """
     lm, names = engine.lm, [part for part in draft.split(", ") if part]
-    costly = [make() for part, make in (models or {}).items() if part in names]
+    costly: list[Draft] = [as_draft(lm, model) for part, model in (models or {}).items() if part in names]
+    costly += [SelfDraft(packed)] if "self-4bit" in names and packed is not None else []
     free: list[Draft] = []
     done: list[list[list[int]]] = []
 

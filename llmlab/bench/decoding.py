@@ -9,7 +9,6 @@ a speed-up over plain decoding is told in pairs: each run against the plain one 
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from llmlab.bench.decoders import Decoder, llamacpp, own, transformers_generate
 from llmlab.data import Prompt, ids_fingerprint
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import encode_prompts
-from llmlab.decoding.self_draft import SelfDraft
 from llmlab.decoding.writer import Run
 from llmlab.jobs.own_draft import self_4bit
 from llmlab.kernels.packed_linear import QuantLinear, quant_linears
@@ -145,13 +143,12 @@ def _single_decoders(exact: Engine, half: LM | None, packed: LM, new_tokens: int
     decoders += [transformers_generate(lm, new_tokens, assistant=packed), own(exact, new_tokens)]
     decoders += [own(Engine(lm, compile=True), new_tokens, name="compiled")] if compile else []
     drafts = (*FREE_DRAFTS, "self-4bit", "lookup, self-4bit", f"{CASCADE}, self-4bit")
-    copy = {"self-4bit": partial(SelfDraft, packed)}
-    decoders += [own(exact, new_tokens, draft, copy) for draft in drafts]
+    decoders += [own(exact, new_tokens, draft, packed) for draft in drafts]
     decoders.append(own(Engine(packed), new_tokens))
     if half:
         engine = Engine(half)
         decoders.append(transformers_generate(half, new_tokens))
-        decoders += [own(engine, new_tokens, draft, copy) for draft in ("", "lookup", "self-4bit")]
+        decoders += [own(engine, new_tokens, draft, packed) for draft in ("", "lookup", "self-4bit")]
     return decoders
 
 

@@ -28,7 +28,7 @@ from llmlab.decoding.plain_engine import engine_for
 from llmlab.decoding.result import GenerateResult
 from llmlab.decoding.self_draft import SelfDraft
 from llmlab.jobs.over_ranks import ranks
-from llmlab.jobs.own_draft import named_drafts
+from llmlab.jobs.own_draft import FREE, self_4bit
 from llmlab.jobs.rank_parts import Options, generate_part
 from llmlab.kernels.fast import half_dtype, packed_dtype
 from llmlab.measure.energy import availability, joules_per_1000_tokens, measure_energy
@@ -195,11 +195,16 @@ def _running(lm: LM, combination: Combination, prompts: list[str], new_tokens: i
     cuts = combination.cuts
     options: Options = {"max_new_tokens": new_tokens, "chat": lm.has_chat_template}
     if cuts.ranks == 1:
-        drafts: list[Draft | LM] = [*named_drafts(lm, combination.draft)] if combination.draft else []
-        options |= {"draft": drafts or None, "engine": Engine(lm) if drafts else engine_for(lm)}
-        copies = [draft.lm for draft in drafts if isinstance(draft, SelfDraft)]
-        weights = sum(model.weight_bytes for model in [lm, *copies])
-        yield partial(score, lm), lambda: [generate(lm, prompts, **options)], weights
+        names = [name for name in combination.draft.split(", ") if name]
+        copies = [SelfDraft(self_4bit(lm))] if "self-4bit" in names else []
+        options["engine"] = Engine(lm) if names else engine_for(lm)
+
+        def write_alone() -> list[GenerateResult]:
+            # Free drafts begin anew with each run: what they saw written in the one before are this one's answers.
+            drafts: list[Draft | LM] = [*(FREE[name]() for name in names if name in FREE), *copies]
+            return [generate(lm, prompts, draft=drafts or None, **options)]
+
+        yield partial(score, lm), write_alone, sum(model.weight_bytes for model in [lm, *(d.lm for d in copies)])
         return
     with tempfile.TemporaryDirectory() as folder, ranks(cuts.ranks, device=lm.device.type) as group:
         name = lm.name if combination.method == "none" else str(lm.save(Path(folder) / "quantized"))
