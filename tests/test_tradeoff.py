@@ -103,8 +103,9 @@ def test_a_point_of_a_tiny_model(combination, tiny_folders, tmp_path):
     metrics = found.metrics()
     for name in ("acc_norm", "answers_kept", "perplexity", "perplexity_ratio", "bytes"):
         assert metrics[name].value >= 0
-    for name in ("questions_per_second", "decode_tokens_per_second"):
+    for name in ("questions_per_second", "decode_tokens_per_second", "scoring_speedup", "decode_speedup"):
         assert 0 < metrics[name].low <= metrics[name].value <= metrics[name].high
+    assert (metrics["decode_speedup"].value == metrics["scoring_speedup"].value == 1) == (combination == BASELINE)
     if combination.precision == "fp32":
         assert metrics["answers_kept"].value == metrics["perplexity_ratio"].value == 1
     else:
@@ -140,13 +141,14 @@ def test_free_drafts_begin_anew_with_each_run(tiny_folders, monkeypatch):
         seen.append(draft)
         return llmlab.generate(lm, prompts, draft=draft, **options)
 
-    monkeypatch.setattr(tradeoff, "generate", generating)
+    monkeypatch.setattr(tradeoff, "generate", generating)  # plain fp32 beside it, too, without drafts
     given = Material(llmlab.data.everyday(1), PROMPTS, "word " * 600)
     effort = Effort(rows=1, new_tokens=4, timed=1, repeats=2)
     combination = Combination(draft="suffix, recycling, self-4bit")
     measure_point(str(tiny_folders["llama"]), combination, given, effort, device="cpu")
+    seen = [drafts for drafts in seen if drafts]
     suffixes, recyclings, copies = ([id(drafts[k]) for drafts in seen] for k in range(3))
-    assert len(seen) >= 3  # the warm-up, too
+    assert len(seen) == 3  # the warm-up, too
     assert len(set(suffixes)) == len(set(recyclings)) == len(seen) and len(set(copies)) == 1
 
 
@@ -198,6 +200,14 @@ def test_what_to_use_follows_the_allowed_loss():
     assert use["writing", 0.01] == "bf16"
     assert use["writing", 0.03] == "4 bits gptq"
     assert found.set_index("name")["decode_speedup"]["4 bits gptq"] == 4
+
+
+def test_what_was_measured_in_pairs_stands_and_one_old_record_among_them_makes_all_ratios_of_rates():
+    paired = [(c, v | {"scoring_speedup": 9.0, "decode_speedup": 9.0}) for c, v in ROWS]
+    found = speedups(comparable(combinations(table(paired))))
+    assert set(found["decode_speedup"]) == set(found["scoring_speedup"]) == {9.0}
+    mixed = speedups(comparable(combinations(table([*paired[:2], *ROWS[2:]]))))
+    assert mixed["decode_speedup"].tolist() == [1.0, 1.5, 2.0, 4.0]
 
 
 def test_speeds_are_compared_on_one_machine_and_the_newest_record_stands(tmp_path):

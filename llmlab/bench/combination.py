@@ -88,10 +88,14 @@ def comparable(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def speedups(frame: pd.DataFrame) -> pd.DataFrame:
-    """Combinations with `scoring_speedup` and `decode_speedup` over the plain fp32 row of the same frame.
+    """Combinations with `scoring_speedup` and `decode_speedup` over plain fp32: as measured beside each, or, where an
+    old record lacks them, over the plain fp32 row of the same frame.
 
-    Raises InputError if that row is missing: speeds of different machines must not be divided.
+    Raises InputError if that row is missing then: speeds of different machines must not be divided.
     """
+    paired = ["scoring_speedup", "decode_speedup"]
+    if set(paired) <= set(frame) and frame[paired].notna().all(axis=None):
+        return frame
     plain = frame[frame["name"] == BASELINE.name]
     if len(plain) != 1:
         raise InputError(f"there are {len(plain)} plain fp32 rows: speeds need exactly one, of the same machine.")

@@ -1,7 +1,7 @@
 """One point of the trade-off grid: precision x method x sharding x draft, measured as one record of task "trade-off".
 
-Quality is paired with the fp32 model on the same questions and windows of text; speed is the median of a few runs
-behind a warm-up. Whoever reads the records divides by the row of `BASELINE` from the same machine.
+Quality is paired with the fp32 model on the same questions and windows of text, and so is speed: runs of the point and
+of plain fp32 take turns, behind a warm-up, since a machine's pace may change by a third between one point and the next.
 """
 
 import math
@@ -18,7 +18,7 @@ import torch
 
 from llmlab.base.errors import InputError
 from llmlab.base.stats import Z95, Metric, median_interval, proportion
-from llmlab.bench.combination import Combination
+from llmlab.bench.combination import BASELINE, Combination
 from llmlab.bench.quantization import BEST
 from llmlab.data import Question, everyday, prompts
 from llmlab.decoding.draft import Draft
@@ -51,6 +51,13 @@ CONTEXT = 512  # tokens of a perplexity window and of a calibration row, or what
 
 # Scores questions; continues the prompts, one result a replica; and bytes of the weights.
 _Jobs = tuple[Callable[[list[Question]], ScoreResult], Callable[[], list[GenerateResult]], int]
+
+
+class _Run(NamedTuple):
+    scoring: float  # seconds
+    decoding: float  # seconds a token
+    tokens: int
+    written: list[GenerateResult]
 
 
 class Material(NamedTuple):
@@ -89,9 +96,9 @@ def measure_point(
     Returns:
         The model that was measured, whole on one device, and the measurement: `acc_norm`, `answers_kept` (share of the
         fp32 model's choices), `perplexity`, `perplexity_ratio` (to fp32, paired by window), `questions_per_second`,
-        `decode_tokens_per_second`, `bytes` (of the weights, drafts and replicas included), `peak_bytes` (of working
-        memory above them, on one device and where the system tells) and `joules_per_1000_tokens` (decoding, where it
-        can be measured).
+        `decode_tokens_per_second`, `scoring_speedup`, `decode_speedup` (over plain fp32, paired by run), `bytes` (of the
+        weights, drafts and replicas included), `peak_bytes` (of working memory above them, on one device and where the
+        system tells) and `joules_per_1000_tokens` (decoding, where it can be measured).
 
     Raises InputError for a combination that makes no sense or does not fit, before anything is measured.
     """
@@ -112,33 +119,39 @@ def measure_point(
     exact = load(name, dtype="fp32", device=device, check=check)
     lm = transformed(exact, combination, given.calibration, effort.rows)
     timed, measurable = given.questions[: effort.timed], availability(lm.device)[0]
-    with _running(lm, combination, given.prompts, effort.new_tokens) as (ask, write, weights):
+    with (
+        _running(exact, BASELINE, given.prompts, effort.new_tokens) as (ask_plain, write_plain, _),
+        _running(lm, combination, given.prompts, effort.new_tokens) as (ask, write, weights),
+    ):
         peak = peak_bytes(lambda: (ask(timed), write()), lm.device)  # the warm-up, too
         scored = ask(given.questions)
-        scoring, decoding, written = list[float](), list[float](), list[GenerateResult]()
+        runs, beside = list[_Run](), list[_Run]()
+        if combination != BASELINE:
+            _run(ask_plain, write_plain, timed)
         for _ in range(effort.repeats):
-            scoring.append(ask(timed).seconds_inference)
-            written = write()
-            tokens = sum(part.decoded_tokens for part in written)
-            decoding.append(max(part.seconds_decode for part in written) / max(1, tokens))
+            beside += [_run(ask_plain, write_plain, timed)] if combination != BASELINE else []
+            runs.append(_run(ask, write, timed))
         energy = measure_energy(write, lm.device, ranks=combination.cuts.ranks) if measurable else None
-        joules = joules_per_1000_tokens(energy, tokens) if energy else None
+        joules = joules_per_1000_tokens(energy, runs[-1].tokens) if energy else None
     values, perplexities = _quality(exact, lm, scored, given.questions, effort.windows)
-    values["questions_per_second"] = _rate(scoring, len(timed), "1/s")
-    values["decode_tokens_per_second"] = _rate(decoding, 1, "token/s")
+    values["questions_per_second"] = _rate([run.scoring for run in runs], len(timed), "1/s")
+    values["decode_tokens_per_second"] = _rate([run.decoding for run in runs], 1, "token/s")
+    pairs = list(zip(beside or runs, runs, strict=True))
+    values["scoring_speedup"] = _speedup([plain.scoring / own.scoring for plain, own in pairs])
+    values["decode_speedup"] = _speedup([plain.decoding / own.decoding for plain, own in pairs])
     values["bytes"] = Metric(scored.memory_bytes or weights, "B")
     values |= {"joules_per_1000_tokens": joules} if joules else {}
     if peak is not None and combination.cuts.ranks == 1:  # ranks have memory of their own
         values["peak_bytes"] = Metric(peak, "B")
     protocol = (
         f"{combination.name}; {scored.protocol}; speed: {effort.repeats} runs behind a warm-up, {effort.timed} "
-        f"questions, {len(given.prompts)} prompts x {effort.new_tokens} tokens, greedy, batch size 1; perplexity: "
-        f"{perplexities}, on one device; calibration: {effort.rows} rows of other text"
+        f"questions, {len(given.prompts)} prompts x {effort.new_tokens} tokens, greedy, batch size 1, in turn with "
+        f"plain fp32; perplexity: {perplexities}, on one device; calibration: {effort.rows} rows of other text"
     )
     settings = asdict(combination) | {"calibration_rows": str(effort.rows)}
     settings |= {"windows": str(effort.windows), "max_new_tokens": str(effort.new_tokens)}
-    memory = [part.memory_bytes for part in written if part.memory_bytes is not None]
-    memory_bytes = sum(memory) if len(memory) == len(written) else None
+    memory = [part.memory_bytes for part in runs[-1].written if part.memory_bytes is not None]
+    memory_bytes = sum(memory) if len(memory) == len(runs[-1].written) else None
     return lm, Measurement("trade-off", values, scored.n, protocol, scored.data, settings, memory_bytes=memory_bytes)
 
 
@@ -214,6 +227,20 @@ def _running(lm: LM, combination: Combination, prompts: list[str], new_tokens: i
             return [part[1] for part in group.run(generate_part, job, prompts, options) if part]
 
         yield partial(group.score, name, plan=cuts, dtype=lm.dtype), write, lm.weight_bytes
+
+
+def _run(
+    ask: Callable[[list[Question]], ScoreResult], write: Callable[[], list[GenerateResult]], questions: list[Question]
+) -> _Run:
+    scoring, written = ask(questions).seconds_inference, write()
+    tokens = sum(part.decoded_tokens for part in written)
+    return _Run(scoring, max(part.seconds_decode for part in written) / max(1, tokens), tokens, written)
+
+
+def _speedup(ratios: list[float]) -> Metric:
+    """The median of pairs, with its interval."""
+    middle, low, high = median_interval(ratios)
+    return Metric(middle, "x", low, high)
 
 
 def _rate(seconds: list[float], units: int, unit: str) -> Metric:
