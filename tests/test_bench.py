@@ -15,17 +15,20 @@ from llmlab import InputError, Metric
 from llmlab.bench.ablation import ablation
 from llmlab.bench.bill import bills
 from llmlab.bench.challenge import challenge, plan_here, synthetic_sequences
-from llmlab.bench.decoders import Decoder
+from llmlab.bench.decoders import Decoder, bytes_per_pass
 from llmlab.bench.decoding import CASCADE, FREE_DRAFTS, Unit, _difference, bench_decoding, beside_plain, compare_rows
 from llmlab.bench.quantization import BEST, bench_quantization, summary, variants
 from llmlab.bench.scoring import bench_scoring, best_batch_size, fits_memory, own_matmul_flops, own_matmuls
 from llmlab.bench.sharding import bench_sharding
 from llmlab.data import ENDING_TOKENS, QUESTION_TOKENS
 from llmlab.decoding.writer import Run
+from llmlab.kernels.packed_linear import quant_linears
 from llmlab.measure.energy import Energy
 from llmlab.measure.memory import peak_bytes
 from llmlab.measure.record import Measurement
+from llmlab.model.convert import with_dtype
 from llmlab.quantization.calibration import calibration_rows
+from llmlab.quantization.walk import quantize
 from llmlab.scoring.trie import question_tries
 from llmlab.sharding.cuts import Cuts
 
@@ -361,6 +364,14 @@ def test_a_speedup_is_told_against_the_nearest_plain_runs():
     assert row["speedup_vs_plain"] == row["speedup_low"] == row["speedup_high"] == 2
     (own, _) = compare_rows(plain, [unit], 1, plain, 1e9, plain)
     assert own["speedup_vs_plain"] == own["speedup_low"] == own["speedup_high"] == 1
+
+
+def test_a_pass_over_packed_weights_reads_codes_and_grids_once(llama):
+    q = with_dtype(quantize(llama, 4, 32, method="rtn"), "fp32")
+    codes = sum(linear.in_features * linear.out_features for linear in quant_linears(q.model)) / 2
+    rest = q.model.get_output_embeddings().weight.nbytes + sum(p.nbytes for p in q.model.parameters() if p.ndim == 1)
+    assert codes + rest <= bytes_per_pass(q) <= 1.6 * codes + rest
+    assert bytes_per_pass(q) < bytes_per_pass(llama)
 
 
 def test_plain_decoding_stands_beside_every_draft():

@@ -17,6 +17,7 @@ from llmlab.decoding.model_draft import as_draft
 from llmlab.decoding.self_draft import SelfDraft
 from llmlab.decoding.writer import Run, Writer
 from llmlab.jobs.own_draft import FREE
+from llmlab.kernels.packed_linear import quant_linears
 from llmlab.model.lm import LM
 
 LOOKUP_TOKENS = 10  # that transformers' and llama.cpp's prompt lookup draft, the default of their documentation
@@ -134,8 +135,11 @@ def llamacpp(gguf: str | None, new_tokens: int, lm: LM) -> tuple[list[Decoder], 
 
 
 def bytes_per_pass(lm: LM) -> int:
-    """Bytes of weights that a forward pass reads: all but an embedding table that is not the output head, too."""
+    """Bytes of weights that a forward pass reads: all but an embedding table that is not the output head, too, and what
+    stands beside the copy of a packed matrix that its kernel reads."""
     table = lm.model.get_input_embeddings().weight
     head = lm.model.get_output_embeddings()
     tied = getattr(head, "weight", None) is table
-    return lm.weight_bytes - (0 if tied else table.nbytes)
+    beside = [linear for linear in quant_linears(lm.model) if isinstance(linear.fast, torch.nn.Module)]
+    unread = sum(tensor.nbytes for linear in beside for tensor in linear.buffers(recurse=False))
+    return lm.weight_bytes - unread - (0 if tied else table.nbytes)

@@ -96,9 +96,9 @@ def measure_point(
     Returns:
         The model that was measured, whole on one device, and the measurement: `acc_norm`, `answers_kept` (share of the
         fp32 model's choices), `perplexity`, `perplexity_ratio` (to fp32, paired by window), `questions_per_second`,
-        `decode_tokens_per_second`, `scoring_speedup`, `decode_speedup` (over plain fp32, paired by run), `bytes` (of the
-        weights, drafts and replicas included), `peak_bytes` (of working memory above them, on one device and where the
-        system tells) and `joules_per_1000_tokens` (decoding, where it can be measured).
+        `decode_tokens_per_second`, `scoring_speedup`, `decode_speedup` (over plain fp32, paired by run), `bytes` (of
+        the weights, drafts and replicas included), `peak_bytes` (of working memory above them, on one device and where
+        the system tells) and `joules_per_1000_tokens` (decoding, where it can be measured).
 
     Raises InputError for a combination that makes no sense or does not fit, before anything is measured.
     """
