@@ -84,7 +84,9 @@ def comparable(frame: pd.DataFrame) -> pd.DataFrame:
     if frame.empty:
         raise InputError("there are no trade-off records: run llmlab sweep notebooks/points/trade_offs.yaml first.")
     part = frame.groupby(MACHINE, dropna=False).ngroup()
-    return pd.DataFrame(frame[part == part.value_counts().index[0]]).reset_index(drop=True)
+    rows = pd.DataFrame(frame[part == part.value_counts().index[0]]).reset_index(drop=True)
+    rows.attrs = frame.attrs  # units, by which figures know what is better
+    return rows
 
 
 def speedups(frame: pd.DataFrame) -> pd.DataFrame:

@@ -89,7 +89,7 @@ def pareto_front(
     for number, place in enumerate(order, start=1):
         white = {"ha": "center", "size": 7.5, "color": "white", "weight": "bold", "zorder": 5}
         draw.note(axes, str(number), tuple(ends[place, :2]), (0, 0), gid=f"record-{place}", **white)
-        name = labels[place] if len(labels[place]) <= 44 else labels[place][:43] + "…"
+        name = labels[place] if len(labels[place]) <= 48 else labels[place][:47] + "…"
         at, colour = (1.03, 1 - line_height * (number - 0.5)), draw.BLUE if place in front.index else draw.GREY
         draw.note(
             axes, f"{number}: {name}", at, (0, 0), xycoords="axes fraction", color=colour if inside[place] else LIGHT
