@@ -47,8 +47,11 @@ class Unit:
     def pairs(self, name: str, plain: str) -> list[tuple[Run, Run]]:
         """Each run of a decoder with the nearest one of another."""
         places = [i for i, (of, _) in enumerate(self.log) if of == plain]
-        near = ((run, min(places, key=lambda j, i=i: abs(j - i))) for i, (of, run) in enumerate(self.log) if of == name)
-        return [(run, self.log[place][1]) for run, place in near]
+
+        def nearest(i: int) -> Run:
+            return self.log[min(places, key=lambda j: abs(j - i))][1]
+
+        return [(run, nearest(i)) for i, (of, run) in enumerate(self.log) if of == name]
 
 
 def units(lm: LM, prompts: Sequence[Prompt], batch: int, most: int, new_tokens: int) -> list[Unit]:
