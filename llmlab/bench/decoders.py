@@ -14,7 +14,6 @@ from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import decode_settings
 from llmlab.decoding.generation_config import end_tokens
 from llmlab.decoding.model_draft import as_draft
-from llmlab.decoding.self_draft import SelfDraft
 from llmlab.decoding.writer import Run, Writer
 from llmlab.jobs.own_draft import FREE
 from llmlab.kernels.packed_linear import quant_linears
@@ -59,8 +58,8 @@ def own(
     Free drafts learn from prompt to prompt. When prompts come again they begin anew, or they would know the answers.
     """
     lm, names = engine.lm, [part for part in draft.split(", ") if part]
-    costly: list[Draft] = [as_draft(lm, model) for part, model in (models or {}).items() if part in names]
-    costly += [SelfDraft(packed)] if "self-4bit" in names and packed is not None else []
+    drafting = {"self-4bit": packed, **(models or {})}
+    costly = [as_draft(lm, model) for part, model in drafting.items() if part in names and model is not None]
     free: list[Draft] = []
     done: list[list[list[int]]] = []
 

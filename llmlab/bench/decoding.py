@@ -232,11 +232,11 @@ def summary(rows: Sequence[Row], exact: str, half: str | None) -> dict[str, floa
     def ratio(
         draft: str, dtype: str | None, over: str, its: str = "", kinds: tuple[str, ...] = ("all",)
     ) -> float | None:
-        speeds = []  # each the seconds of plain decoding over its own
+        speeds = []  # the seconds of plain decoding over those of each of the two
         for who in (("llmlab", draft, dtype, 1), (over, its, dtype, 1)):
             alike = [r for r in rows if (r["engine"], r["draft"], r["dtype"], r["batch"]) == who and r["kind"] in kinds]
-            plain, own = (sum(r[over] / r["tokens_per_s"] for r in alike) for over in ("speedup_vs_plain", "batch"))
-            speeds += [plain / own] if alike else []
+            plain = sum(r["speedup_vs_plain"] / r["tokens_per_s"] for r in alike)
+            speeds += [plain / sum(1 / r["tokens_per_s"] for r in alike)] if alike else []
         return speeds[0] / speeds[1] if len(speeds) == 2 else None
 
     largest = max((r["batch"] for r in rows if r["batch"] in BATCHES), default=None)

@@ -62,7 +62,7 @@ class LM:
     def weight_bytes(self) -> int:
         """Bytes that the weights occupy now, packed ones as packed; tied tensors count once."""
         tensors = list(self.model.parameters())
-        for linear in quant_linears(self.model):  # whose weights are buffers, the kernel's own or beside its copy
+        for linear in quant_linears(self.model):  # whose weights are buffers, of their kernels, too
             tensors += linear.buffers()
         return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
