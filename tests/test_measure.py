@@ -23,7 +23,7 @@ def test_compare_reaches_the_minimum_duration_but_not_more_than_max_runs():
         clock.compare(nap, min_runs=0)
 
 
-def test_speedup_is_a_ratio_of_medians_whose_interval_uses_the_pairing():
+def test_speedup_is_the_median_of_paired_ratios():
     noise = [1.0, 5.0, 2.0, 9.0, 3.0, 4.0, 1.5]
     slow = clock.Timing("slow", [2 * x for x in noise], 1)
     fast = clock.Timing("fast", noise, 1)

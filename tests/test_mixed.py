@@ -19,7 +19,7 @@ from llmlab.quantization.mixed import BITS, knapsack, mixed, output_gradients, s
 from llmlab.quantization.walk import Walk, quantize
 
 WIDE, NARROW = "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.k_proj"
-MIXED = Scheme(3, 32, others=((WIDE, 4), (NARROW, 2)))
+MIXED = Scheme(3, 32, mixed_bits=((WIDE, 4), (NARROW, 2)))
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +115,13 @@ def test_bits_follow_from_the_mean(llama, rows):
     sizes = {m: m.in_features * m.out_features for m in quant_linears(q.model)}
     mean = sum(m.bits * size for m, size in sizes.items()) / sum(sizes.values())
     assert 2.4 < mean <= 2.5
-    assert mixed(llama, 3, Scheme(2, 32), rows).others != () and mixed(llama, 2, Scheme(2, 32), rows).bits == 2
+    assert mixed(llama, 3, Scheme(2, 32), rows).mixed_bits != () and mixed(llama, 2, Scheme(2, 32), rows).bits == 2
 
 
 def test_what_makes_no_sense_is_refused(llama, rows):
     with pytest.raises(InputError, match=r"4\.5 bits in the mean: choose 2 to 4"):
         mixed(llama, 4.5, Scheme(2, 32), rows)
     with pytest.raises(InputError, match=r"has no matrix model\.layers\.7\.x that can be packed"):
-        quantize(llama, scheme=replace(MIXED, others=(("model.layers.7.x", 3),)), calibration=rows)
+        quantize(llama, scheme=replace(MIXED, mixed_bits=(("model.layers.7.x", 3),)), calibration=rows)
     with pytest.raises(InputError, match="5 bits: choose one of"):
-        quantize(llama, scheme=replace(MIXED, others=((WIDE, 5),)), calibration=rows)
+        quantize(llama, scheme=replace(MIXED, mixed_bits=((WIDE, 5),)), calibration=rows)

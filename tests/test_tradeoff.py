@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import asdict
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -233,6 +234,14 @@ def test_every_point_is_named_the_front_first():
     many = pd.concat([points, *[points[points["name"] == "4 bits nf4"]] * 30], ignore_index=True)
     figure = figures.tradeoffs.pareto_front(many, "decode_tokens_per_second", "answers_kept", "t")
     assert len([text for text in figure.axes[0].texts if ":" in text.get_text()]) == 3  # the front alone
+
+
+def test_no_number_covers_another():
+    dots = np.array([[0.0, 0.0], [3.0, 0.0], [0.0, 0.0], [3.0, 11.0], [40.0, 0.0]])
+    numbers = dots + [[0.0, up] for up in figures.tradeoffs.heights(dots)]
+    gaps = np.abs(numbers[:, None] - numbers).max(-1) + 99 * np.eye(len(dots))
+    assert gaps.min() > 0.9 * figures.tradeoffs.ROOM
+    assert numbers[[0, 4]].tolist() == dots[[0, 4]].tolist()  # where there is room they stand in their dots
 
 
 def test_the_readmes_front_is_drawn_from_records(tmp_path):

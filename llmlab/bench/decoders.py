@@ -15,7 +15,7 @@ from llmlab.decoding.generate import decode_settings
 from llmlab.decoding.generation_config import end_tokens
 from llmlab.decoding.model_draft import as_draft
 from llmlab.decoding.writer import Run, Writer
-from llmlab.jobs.own_draft import FREE
+from llmlab.jobs.own_draft import free_drafts
 from llmlab.kernels.packed_linear import quant_linears
 from llmlab.model.lm import LM
 
@@ -53,7 +53,7 @@ def own(
     engine: Engine, new_tokens: int, draft: str = "", packed: LM | None = None, *,
     models: Mapping[str, LM] | None = None, name: str = "",
 ) -> Decoder:  # fmt: skip
-    """Our engine, plain or with drafts by name, separated by commas: of `FREE`, "self-4bit" (`packed`), of `models`.
+    """Our engine, plain or with drafts by name, separated by commas: free ones, "self-4bit" (`packed`), of `models`.
 
     Free drafts learn from prompt to prompt. When prompts come again they begin anew, or they would know the answers.
     """
@@ -65,7 +65,7 @@ def own(
 
     def run(prompts: list[list[int]]) -> Run:
         if not done or prompts in done:
-            free[:] = [FREE[part]() for part in names if part in FREE]
+            free[:] = free_drafts(names)
             done.clear()
         done.append(prompts)
         writer = Writer(engine, decode_settings(lm, new_tokens), [*free, *costly])

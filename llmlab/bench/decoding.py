@@ -8,7 +8,7 @@ a speed-up over plain decoding is told in pairs: each run against the plain one 
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch
 from llmlab.base.stats import Metric
 from llmlab.bench.decoders import Decoder, llamacpp, own, transformers_generate
 from llmlab.data import Prompt, ids_fingerprint
+from llmlab.decoding.cost import Tally
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import encode_prompts
 from llmlab.decoding.writer import Run
@@ -196,12 +197,10 @@ def _speculation(work: Sequence[Unit], decoder: Decoder, speedup: float) -> Row:
     tallies = [run.speculation for unit in work for run in unit.runs(decoder.name) if run.speculation]
     if not tallies:
         return {}
-    accepted = sum(t.accepted for t in tallies)
-    without = sum(t.tokens for t in tallies) / sum(t.plain_seconds for t in tallies)
-    predicted = sum(t.expected for t in tallies) / sum(t.seconds for t in tallies) / without
-    row = {"acceptance_rate": accepted / max(1, sum(t.trials for t in tallies))}
-    row |= {"mean_accepted": accepted / max(1, sum(t.rows for t in tallies)), "predicted_speedup": predicted}
-    return row | {"cost_model_error": predicted / speedup - 1}
+    total = Tally(**{count.name: sum(getattr(tally, count.name) for tally in tallies) for count in fields(Tally)})
+    row = {"acceptance_rate": total.acceptance_rate, "mean_accepted": total.tokens_per_pass - 1}
+    predicted = total.predicted_speedup
+    return row | {"predicted_speedup": predicted, "cost_model_error": predicted / speedup - 1}
 
 
 def _difference(unit: Unit, name: str, reference: Decoder) -> Row | None:

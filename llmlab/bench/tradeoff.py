@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from llmlab.base.clock import paired_speedup
 from llmlab.base.errors import InputError
 from llmlab.base.stats import Z95, Metric, median_interval, proportion
 from llmlab.bench.combination import BASELINE, Combination
@@ -28,7 +29,7 @@ from llmlab.decoding.plain_engine import engine_for
 from llmlab.decoding.result import GenerateResult
 from llmlab.decoding.self_draft import SelfDraft
 from llmlab.jobs.over_ranks import ranks
-from llmlab.jobs.own_draft import FREE, self_4bit
+from llmlab.jobs.own_draft import free_drafts, self_4bit
 from llmlab.jobs.rank_parts import Options, generate_part
 from llmlab.kernels.fast import half_dtype, packed_dtype
 from llmlab.measure.energy import availability, joules_per_1000_tokens, measure_energy
@@ -136,9 +137,9 @@ def measure_point(
     values, perplexities = _quality(exact, lm, scored, given.questions, effort.windows)
     values["questions_per_second"] = _rate([run.scoring for run in runs], len(timed), "1/s")
     values["decode_tokens_per_second"] = _rate([run.decoding for run in runs], 1, "token/s")
-    pairs = list(zip(beside or runs, runs, strict=True))
-    values["scoring_speedup"] = _speedup([plain.scoring / own.scoring for plain, own in pairs])
-    values["decode_speedup"] = _speedup([plain.decoding / own.decoding for plain, own in pairs])
+    plain = beside or runs
+    values["scoring_speedup"] = paired_speedup([run.scoring for run in plain], [run.scoring for run in runs])
+    values["decode_speedup"] = paired_speedup([run.decoding for run in plain], [run.decoding for run in runs])
     values["bytes"] = Metric(scored.memory_bytes or weights, "B")
     values |= {"joules_per_1000_tokens": joules} if joules else {}
     if peak is not None and combination.cuts.ranks == 1:  # ranks have memory of their own
@@ -213,8 +214,7 @@ def _running(lm: LM, combination: Combination, prompts: list[str], new_tokens: i
         options["engine"] = Engine(lm) if names else engine_for(lm)
 
         def write_alone() -> list[GenerateResult]:
-            # Free drafts begin anew with each run: what they saw written in the one before are this one's answers.
-            drafts: list[Draft | LM] = [*(FREE[name]() for name in names if name in FREE), *copies]
+            drafts: list[Draft | LM] = [*free_drafts(names), *copies]
             return [generate(lm, prompts, draft=drafts or None, **options)]
 
         yield partial(score, lm), write_alone, sum(model.weight_bytes for model in [lm, *(d.lm for d in copies)])
@@ -235,12 +235,6 @@ def _run(
     scoring, written = ask(questions).seconds_inference, write()
     tokens = sum(part.decoded_tokens for part in written)
     return _Run(scoring, max(part.seconds_decode for part in written) / max(1, tokens), tokens, written)
-
-
-def _speedup(ratios: list[float]) -> Metric:
-    """The median of pairs, with its interval."""
-    middle, low, high = median_interval(ratios)
-    return Metric(middle, "x", low, high)
 
 
 def _rate(seconds: list[float], units: int, unit: str) -> Metric:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -49,6 +49,11 @@ def named_drafts(lm: LM, names: str) -> list[Draft]:
         else:
             drafts.append(as_draft(lm, load(name, dtype=lm.dtype, device=lm.device)))
     return drafts
+
+
+def free_drafts(names: Iterable[str]) -> list[Draft]:
+    """The free ones among the names, with nothing learned: what one saw written would be another run's answers."""
+    return [FREE[name]() for name in names if name in FREE]
 
 
 def self_4bit(lm: LM, quantized: LM | None = None) -> LM:

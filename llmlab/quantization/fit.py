@@ -54,7 +54,7 @@ def check_quantizable(lm: LM, scheme: Scheme, method: str) -> None:
                 reason = kept.get(name.removesuffix(".weight"), "it is not a matrix that checkpoints pack")
                 if id(parameter) not in inside:
                     left[f"{path}.{index}.{name}"] = parameter.numel(), reason
-    if unknown := dict(scheme.others).keys() - named:
+    if unknown := dict(scheme.mixed_bits).keys() - named:
         raise InputError(f"{lm.name} has no matrix {min(unknown)} that can be packed: its bits are of another model.")
     if packed < scheme.at_least * total:
         largest = max(left, key=lambda name: left[name][0])

@@ -46,7 +46,7 @@ class Scheme:
         sweeps: over the codes that GPTQ found, each behind a new fit of the scales to them (see `refine`).
         zero_points: "integer", as checkpoints hold them, or "real": fp16 numbers, for copies that are not saved; the
             grid then reaches from the least to the largest weight, as GGUF's Q4_1 does, and is not searched.
-        others: (name of a matrix, its bits) for those that differ (see `mixed`).
+        mixed_bits: (name of a matrix, its bits) for those that differ (see `mixed`).
         head_bits: of the output head, which is rounded to nearest (see `head`); None leaves it as it is.
         damping: added to the Hessian's diagonal, as a share of its mean.
         at_least: share of the layers' weights that must be in matrices that can be packed; else it is refused.
@@ -62,7 +62,7 @@ class Scheme:
     target: Literal["gptq", "gptaq", "qronos"] = "gptq"
     sweeps: int = 0
     zero_points: Literal["integer", "real"] = "integer"
-    others: tuple[tuple[str, int], ...] = ()
+    mixed_bits: tuple[tuple[str, int], ...] = ()
     head_bits: int | None = None
     damping: float = 0.01
     at_least: float = 0.9
@@ -78,11 +78,12 @@ class Scheme:
 
     def of(self, name: str) -> Scheme:
         """The scheme of one matrix."""
-        return replace(self, bits=dict(self.others).get(name, self.bits), others=())
+        return replace(self, bits=dict(self.mixed_bits).get(name, self.bits), mixed_bits=())
 
     def check(self) -> None:
         """Raise InputError for settings that make no sense."""
-        for bits in (self.bits, self.bits if self.head_bits is None else self.head_bits, *dict(self.others).values()):
+        head_bits = self.bits if self.head_bits is None else self.head_bits
+        for bits in (self.bits, head_bits, *dict(self.mixed_bits).values()):
             if bits not in BITS:
                 raise InputError(f"{bits} bits: choose one of {', '.join(map(str, BITS))}.")
         if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):

@@ -55,7 +55,8 @@ def mixed(lm: LM, mean: float, scheme: Scheme, calibration: torch.Tensor) -> Sch
     losses, sizes = sensitivities(lm, scheme, calibration[:ROWS])
     picked = knapsack(list(losses.values()), list(sizes.values()), mean)
     bits = Counter(picked).most_common(1)[0][0]
-    return replace(scheme, bits=bits, others=tuple((n, b) for n, b in zip(losses, picked, strict=True) if b != bits))
+    differing = tuple((name, b) for name, b in zip(losses, picked, strict=True) if b != bits)
+    return replace(scheme, bits=bits, mixed_bits=differing)
 
 
 def sensitivities(lm: LM, scheme: Scheme, rows: torch.Tensor) -> tuple[dict[str, list[float]], dict[str, int]]:

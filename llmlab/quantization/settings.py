@@ -10,15 +10,15 @@ from llmlab.quantization.grid import Scheme
 
 
 def quant_config(
-    scheme: Scheme, method: str, kept: Iterable[str] = (), others: Iterable[tuple[str, int]] = ()
+    scheme: Scheme, method: str, kept: Iterable[str] = (), mixed_bits: Iterable[tuple[str, int]] = ()
 ) -> dict[str, object]:
     """The `quantization_config` by which AutoGPTQ, GPTQModel and transformers know such a checkpoint.
 
-    `kept`: names of matrices that were left as they were; `others`: of those with other bits. GPTQModel calls both
-    `dynamic` exceptions; transformers without GPTQModel's loader knows one number of bits alone and refuses `others`.
+    `kept`: names of matrices that were left as they were; `mixed_bits`: of those with other bits. GPTQModel calls both
+    `dynamic` exceptions; transformers without GPTQModel's loader knows one number of bits alone and refuses these.
     """
     dynamic: dict[str, object] = {f"-:^{re.escape(name)}$": {} for name in kept}
-    dynamic |= {f"+:^{re.escape(name)}$": {"bits": bits} for name, bits in others}
+    dynamic |= {f"+:^{re.escape(name)}$": {"bits": bits} for name, bits in mixed_bits}
     return ({"dynamic": dynamic} if dynamic else {}) | {
         "quant_method": "gptq",
         "bits": scheme.bits,

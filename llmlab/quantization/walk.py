@@ -159,14 +159,14 @@ class Walk:
         # Everything but the layers is copied from the original.
         model = copy.deepcopy(lm.model, {id(layers): done})
         stored = stored_names(model)
-        others = [(stored(name), bits) for name, bits in self.scheme.others]
+        mixed_bits = [(stored(name), bits) for name, bits in self.scheme.mixed_bits]
         method = self.scheme.target if self.method == "gptq" else self.method
-        model.config.quantization_config = quant_config(self.scheme, method, map(stored, self.report.kept), others)
+        model.config.quantization_config = quant_config(self.scheme, method, map(stored, self.report.kept), mixed_bits)
         prepare(model, lm.model.dtype)
         self.report.seconds += time.perf_counter() - begin
         self.report.warn()
         how = f"{method} {self.scheme.bits} bits, group {self.scheme.group_size}"
-        how += ", mixed" if self.report.kept or others else ""
+        how += ", mixed" if self.report.kept or mixed_bits else ""
         how = how if lm.transformation == "none" else f"{lm.transformation}, {how}"
         quantized = LM(model.requires_grad_(False), lm.tokenizer, lm.card, lm.name, lm.revision, how)
         head_bits = self.scheme.head_bits

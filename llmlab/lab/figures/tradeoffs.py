@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
+from itertools import count
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ LIGHT = "#B8B8B8"
 RECORD = {f.name for f in fields(Record)}
 SAME = {"id", "time", "commit", "protocol", "data", "revision", "seed", "n", "repeats", "warmup", "cpu"}
 SAME |= {"cpu_capability"}
+ROOM = 12.0  # points (1/72 inch) that a dot or a number takes
 MOST_NAMED = 30  # records; of more, only those of the front are named
 
 
@@ -86,14 +88,11 @@ def pareto_front(
             alpha=1.0 if inside[place] else 0.25, zorder=above, gid=f"record-{place}",
         )  # fmt: skip
     line_height = 0.2 / (figure.get_figheight() * 0.75)
-    for number, place in enumerate(order, start=1):
-        white = {"ha": "center", "size": 7.5, "color": "white", "weight": "bold", "zorder": 5}
-        draw.note(axes, str(number), tuple(ends[place, :2]), (0, 0), gid=f"record-{place}", **white)
+    inks = [(draw.BLUE if place in front.index else draw.GREY) if inside[place] else LIGHT for place in order]
+    for number, (place, ink) in enumerate(zip(order, inks, strict=True), start=1):
         name = labels[place] if len(labels[place]) <= 48 else labels[place][:47] + "…"
-        at, colour = (1.03, 1 - line_height * (number - 0.5)), draw.BLUE if place in front.index else draw.GREY
-        draw.note(
-            axes, f"{number}: {name}", at, (0, 0), xycoords="axes fraction", color=colour if inside[place] else LIGHT
-        )
+        at = (1.03, 1 - line_height * (number - 0.5))
+        draw.note(axes, f"{number}: {name}", at, (0, 0), xycoords="axes fraction", color=ink)
     for axis, metric in ((axes.xaxis, x), (axes.yaxis, y)):
         better = "more" if _sign(records, metric) > 0 else "less"
         axis.set_label_text(f"{draw.drawable(label(records, metric))}, {better} is better")
@@ -101,7 +100,28 @@ def pareto_front(
             axis.set_major_formatter(EngFormatter("B"))
     for metric, limit in budgets.items():
         draw.rule(axes, limit, f"budget {limit:.4g}", colour=draw.ORANGE, horizontal=metric != x)
+    figure.draw_without_rendering()  # only now it is known where the dots lie
+    dots = axes.transData.transform(ends[order, :2]) * 72 / figure.dpi
+    for number, (place, ink, up) in enumerate(zip(order, inks, heights(dots), strict=True), start=1):
+        look = {"ha": "center", "size": 7.5, "color": ink if up else "white", "weight": "bold", "zorder": 5}
+        draw.note(axes, str(number), tuple(ends[place, :2]), (0, up), gid=f"record-{place}", **look)
     return figure
+
+
+def heights(dots: NDArray[np.float64]) -> list[float]:
+    """How far above its dot each number stands so that none covers another: 0, in the dot, where there is room.
+
+    `dots` [dots, 2] and the heights are in points (1/72 inch).
+    """
+    numbers, ups = list[tuple[float, float]](), list[float]()
+    for x, y in dots:
+        for up in count(0.0, ROOM):
+            rivals = [*numbers, *(dots if up else ())]
+            if all(max(abs(x - a), abs(y + up - b)) > 0.9 * ROOM for a, b in rivals):
+                break
+        numbers.append((x, y + up))
+        ups.append(up)
+    return ups
 
 
 def with_both(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
