@@ -8,6 +8,7 @@ from llmlab.decoding.draft import Free, Proposal
 from llmlab.decoding.engine import Engine
 from llmlab.decoding.generate import decode_settings
 from llmlab.decoding.loop import decode
+from llmlab.decoding.model_draft import ModelDraft
 from llmlab.decoding.pace import PROBE
 from llmlab.decoding.timing import PassTimes
 from llmlab.decoding.writer import Writer
@@ -50,6 +51,26 @@ def test_ranks_do_not_learn_for_they_must_decide_alike():
     known.agree = lambda seconds: [*seconds]
     known.observe(1, 1, 100.0)
     assert relative(known) == relative(times())
+
+
+def test_more_tokens_than_were_measured_cost_more():
+    assert times().seconds(8, 5) == pytest.approx(30.0 + 5.0 * (8 * 5 - 1))
+
+
+def test_a_larger_batch_is_measured_for_itself(tiny):
+    """Also where the engine, or that of a draft, has decoded rows alone before: those passes tell too little."""
+    draft = ModelDraft(tiny)
+    writer = Writer(Engine(tiny), decode_settings(tiny, 4), [draft])
+    for rows in (1, 4):
+        writer.warm_up([[5, 6, 7]] * rows, rows)
+        for engine in (writer.engine, draft.engine):
+            assert {number for number, _ in engine.times.measured} == {1, rows}
+        assert (rows, 5) in writer.engine.times.measured
+    late = Engine(tiny)  # without a warm-up
+    for rows in (1, 4):
+        late.start(rows, 64)
+        late.seconds(5)
+    assert (4, 5) in late.times.measured
 
 
 class Wrong(Free):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import torch
 
+from llmlab.base.progress import progress
 from llmlab.base.stats import Metric
 from llmlab.bench.decoders import Decoder, llamacpp, own, transformers_generate
 from llmlab.data import Prompt, ids_fingerprint
@@ -70,11 +71,13 @@ def run_all(decoders: Sequence[Decoder], work: Sequence[Unit], repeats: int) -> 
     for decoder in decoders:
         decoder.run(work[0].prompts)
     turn = beside_plain(decoders)
-    for repeat in range(repeats):
-        for number, unit in enumerate(work):
-            shift = (repeat + number) % len(turn)
-            for decoder in [*turn[shift:], *turn[:shift]]:
-                unit.log.append((decoder.name, decoder.run(unit.prompts)))
+    with progress(repeats * len(work) * len(turn), f"batch size {len(work[0].prompts)}", "run") as bar:
+        for repeat in range(repeats):
+            for number, unit in enumerate(work):
+                shift = (repeat + number) % len(turn)
+                for decoder in [*turn[shift:], *turn[:shift]]:
+                    unit.log.append((decoder.name, decoder.run(unit.prompts)))
+                    bar.update()
 
 
 def beside_plain(decoders: Sequence[Decoder]) -> list[Decoder]:

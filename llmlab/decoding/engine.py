@@ -242,7 +242,7 @@ class Engine:
 
     def seconds(self, width: int, batch: int | None = None) -> float:
         """Seconds of a pass over `width` tokens of each of `batch` rows (those in the cache), from `profile`."""
-        if not self.times.measured:
+        if not self.times.reach(self.cache.batch):
             self.profile()
         return self.times.seconds(batch or self.cache.batch, width)
 
@@ -255,7 +255,10 @@ class Engine:
         return self.times.agree([seconds])[0]
 
     def profile(self) -> dict[int, float]:
-        """Seconds of a pass by its width at the batch size of the cache, measured once. Keeps nothing in the cache."""
+        """Seconds of a pass by its width at the batch size of the cache, measured once. Keeps nothing in the cache.
+
+        Every batch size is measured for itself: eight rows of five tokens cost more than the widest pass of one row.
+        """
         return self.times.measure(self.forward, self.cache)
 
 

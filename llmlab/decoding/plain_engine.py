@@ -61,6 +61,10 @@ class PlainEngine:
         self.ids, self.states = [self.ids[row] for row in rows], [self.states[row] for row in rows]
 
     def seconds(self, width: int, batch: int | None = None) -> float:
+        """Raises InputError, see `profile`."""
+        return self.profile()[width]
+
+    def profile(self) -> dict[int, float]:
         """Raises InputError: only drafts ask what passes cost."""
         raise InputError(f"{self.lm.name} decodes with {self.kind}: it takes no drafts.")
 

@@ -5,6 +5,7 @@ Matrices are read once for all tokens of a pass, so rows x width decides.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -37,13 +38,20 @@ class PassTimes:
 
     def seconds(self, rows: int, width: int) -> float:
         """Seconds of a pass over `width` tokens of each row, padded as the engine does it."""
-        wanted = rows * padded(width, self.widths)
+        width = padded(width, self.widths)
+        if (rows, width) in self.measured:
+            return self.measured[rows, width]
         points = sorted((r * w, seconds) for (r, w), seconds in self.measured.items())
-        below = max((point for point in points if point[0] <= wanted), default=points[0])
-        above = min((point for point in points if point[0] >= wanted), default=points[-1])
-        if above[0] == below[0]:
-            return max(below[1], above[1])
-        return below[1] + (above[1] - below[1]) * (wanted - below[0]) / (above[0] - below[0])
+        times = dict(points)  # of as many tokens the longest
+        sizes = list(times)
+        place = min(bisect(sizes, rows * width), len(sizes) - 1)  # above all that was measured the last line goes on
+        low, high = sizes[max(0, place - 1)], sizes[place]
+        slope = (times[high] - times[low]) / max(1, high - low)
+        return times[low] + slope * max(0, rows * width - low)
+
+    def reach(self, rows: int) -> bool:
+        """Whether as many rows were measured, or more: what they cost is not known from fewer."""
+        return any(measured >= rows for measured, _ in self.measured)
 
     def observe(self, rows: int, width: int, seconds: float) -> None:
         """Learn from a pass of the decoding itself: what was measured in a bad moment would mislead for good.

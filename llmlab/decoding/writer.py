@@ -52,7 +52,7 @@ class Writer:
         """
         begin, batch = time.perf_counter(), min(batch_size, len(prompts))
         self.engine.start(batch, self.settings.room(prompts))
-        self.engine.seconds(1)
+        self.engine.profile()
         for draft in self.drafts:
             draft.begin(self.engine, [[0]] * batch, self.settings.length(prompts))
             draft.seconds()
