@@ -257,16 +257,20 @@ def test_the_readmes_front_is_drawn_from_records(tmp_path):
         trade_offs(llmlab.records(tmp_path / "none.jsonl"))
 
 
-def test_the_recorded_grid_holds_every_point_of_one_machine_in_pairs():
-    frame = combinations(llmlab.records(CHECKOUT / "data/reference/trade-offs-amx-2-cores.jsonl"))
+@pytest.mark.parametrize(("machine", "capability"), [("amx", "AVX512"), ("avx2", "AVX2")])
+def test_the_recorded_grid_holds_points_of_one_machine_in_pairs(machine, capability):
+    frame = combinations(llmlab.records(CHECKOUT / f"data/reference/trade-offs-{machine}-2-cores.jsonl"))
     recorded = {
         Combination(*row) for row in frame[["precision", "method", "sharding", "draft"]].itertuples(index=False)
     }
-    assert recorded == {Combination(**point) for point in read_grid(GRID).combinations}
+    points = {Combination(**point) for point in read_grid(GRID).combinations}
+    # Limited to AVX2, what is about ranks, bf16 with drafts, nf4, plain GPTQ in 4 bits and three bits was left out.
+    assert recorded == points if machine == "amx" else recorded < points and len(recorded) == 10
+    assert set(frame["cpu_capability"]) == {capability}
     assert frame.attrs["units"]["bytes"] == "B"
-    points = comparable(frame)
-    assert len(points) == len(recorded) and speedups(points) is points
-    assert points.attrs["units"] == frame.attrs["units"]
+    kept = comparable(frame)
+    assert len(kept) == len(recorded) and speedups(kept) is kept
+    assert kept.attrs["units"] == frame.attrs["units"]
 
 
 def test_a_point_of_the_first_schema_is_read_with_its_combination():

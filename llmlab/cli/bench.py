@@ -241,22 +241,21 @@ def sharding(
 def decoding(
     place: Place,
     prompts: Annotated[Path | None, Option(help="JSON Lines with prompt and kind; by default built in.")] = None,
-    max_new_tokens: Annotated[int, Option(help="At most this many tokens a prompt.")] = 128,
-    per_kind: Annotated[int, Option(help="Prompts of each kind at batch 1.")] = 2,
+    max_new_tokens: Annotated[int, Option(help="At most this many tokens a prompt.")] = 96,
+    per_kind: Annotated[int, Option(help="Prompts of each kind at batch 1.")] = 1,
     repeats: Repeats = 3,
     compiled: Annotated[bool, Option(help="Measure torch.compile, too (it compiles for minutes first).")] = True,
 ) -> Payload:
-    """Our engine plain, compiled, 4-bit and with each draft, against transformers and llama.cpp (about 25 minutes for
+    """Our engine plain, compiled, 4-bit and with each draft, against transformers and llama.cpp (about 45 minutes for
     the built-in model on 2 cores)."""
     from llmlab.bench.decoding import bench_decoding
 
     check_positive(repeats=repeats, prompts_of_a_kind=per_kind, new_tokens=max_new_tokens)
     texts = llmlab.data.read_prompts(prompts) if prompts else llmlab.data.prompts()
     lm, half = place.load_both()
-    with console.status(f"{len(texts)} prompts, {repeats} rounds"):
-        measured = bench_decoding(
-            lm, half, texts, new_tokens=max_new_tokens, per_kind=per_kind, repeats=repeats, compile=compiled
-        )
+    measured = bench_decoding(
+        lm, half, texts, new_tokens=max_new_tokens, per_kind=per_kind, repeats=repeats, compile=compiled
+    )
     _print_rows("decoders", measured.details["rows"], DECODER)
     return finish(f"{place.model}: decoding", lm, measured, warmup=1, repeats=repeats)
 
