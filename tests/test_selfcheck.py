@@ -28,10 +28,12 @@ from transformers import (
 )
 
 import llmlab
+from llmlab.kernels.packed_linear import quant_linears
 from llmlab.model import selfcheck
 from llmlab.model.card import ModelCard
 from llmlab.model.lm import LM
-from llmlab.model.selfcheck import Check, check, known, plain_logits, probe, small_windows
+from llmlab.model.selfcheck import Check, check, known, plain_logits, probe, small_windows, unrounded
+from llmlab.quantization.grid import Scheme
 from llmlab.scoring import attention, reference, shared
 from llmlab.scoring.encode import Sequence
 
@@ -145,6 +147,18 @@ def test_score_tells_which_method_ran_and_perplexity_is_plain(tiny_folders, smol
     assert llmlab.perplexity(lm, text, context=24, batch_size=2).nll == pytest.approx(
         llmlab.perplexity(lm, text, context=24).nll, abs=1e-5
     )
+
+
+@pytest.mark.slow
+def test_rounded_activations_of_few_rows_do_not_tell_paths_apart(smollm2):
+    """Rounded to 4 bits the model keeps its huge activations: rows alone and side by side differ by nats then."""
+    packed = llmlab.with_dtype(llmlab.quantize(smollm2, method="rtn", scheme=Scheme(4, 64, search=False)), "fp32")
+    limits = [linear.limit for linear in quant_linears(packed.model)]
+    assert shared.trie_check(packed).passed
+    assert [linear.limit for linear in quant_linears(packed.model)] == limits
+    with unrounded(packed.model):
+        exact = plain_logits(packed)
+    assert bool(max(limits)) == (not torch.equal(exact, plain_logits(packed)))  # told apart by the last one's key
 
 
 def test_greedy_is_the_same_by_both_paths(tiny):

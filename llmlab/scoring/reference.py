@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from llmlab.model.lm import LM
-from llmlab.model.selfcheck import check, plain_logits, probe
+from llmlab.model.selfcheck import check, plain_logits, probe, unrounded
 from llmlab.scoring.encode import Sequence
 from llmlab.scoring.scores import OnBatch, Scores, Work, check_finite
 
@@ -39,7 +39,8 @@ def log_probs(lm: LM, sequences: list[Sequence], *, batch_size: int = 8, on_batc
         NumericalError: a log-probability is NaN or infinite; names the batch.
     """
     if batch_size > 1:
-        padded = check(lm, "a padded batch", lambda: _probe_in_a_batch(lm), lambda: plain_logits(lm))
+        with unrounded(lm.model):
+            padded = check(lm, "a padded batch", lambda: _probe_in_a_batch(lm), lambda: plain_logits(lm))
         if not padded.passed:
             warnings.warn(f"{lm.name} is scored one sequence at a time: {padded.reason}.", stacklevel=3)
             batch_size = 1

@@ -19,7 +19,7 @@ import torch
 
 from llmlab.kernels.plain import fastest_matmuls
 from llmlab.model.lm import LM
-from llmlab.model.selfcheck import SHARED, Check, check, plain_logits, probe
+from llmlab.model.selfcheck import SHARED, Check, check, plain_logits, probe, unrounded
 from llmlab.scoring import reference
 from llmlab.scoring.attention import Sight, TrieMasks, decoded_once, tries_attend
 from llmlab.scoring.encode import Sequence
@@ -115,7 +115,8 @@ def _check(lm: LM, path: str, *sights: type[Sight]) -> Check:
         rows = logits[: len(long)], logits[len(long) :]
         return torch.cat([logits, rows[1], *(row[SHARED:] for row in rows)] * len(sights))
 
-    return check(lm, path, lambda: torch.cat([in_order(sight) for sight in sights]), plain)
+    with unrounded(lm.model):
+        return check(lm, path, lambda: torch.cat([in_order(sight) for sight in sights]), plain)
 
 
 @torch.inference_mode()
