@@ -87,7 +87,7 @@ def test_no_circle_of_imports():
 # Sizes. The bars are promises: whoever adds something finds something to leave out.
 SUBJECTS = {"kernels", "model", "scoring", "quantization", "sharding", "decoding", "jobs"}
 # Reached so far; the goal is 13,000 lines and 58 %. Whoever deletes tightens them.
-MOST_LINES, LEAST_SUBJECT = 24_574, 0.60
+MOST_LINES, LEAST_SUBJECT = 24_573, 0.60
 # Functions whose settings are documented one by one, and kernels and attention, which take what they are given.
 MANY_PARAMETERS = {"load", "stream", "score", "generate", "quantize", "quantize_to", "plan", "attend", "gemv_kernel"}
 MANY_PARAMETERS |= {"trie_attention", "tile_kernel", "dequantize_kernel"}
